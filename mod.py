@@ -1,0 +1,242 @@
+"""Mixture-of-Depths for streaming video-language models: the papers, and nothing else.
+
+Every token belongs to a routing group, or to none (-1). A layer has a keep ratio r. Of each group of n tokens
+the layer computes the `capacity(n, r)` best-scored ones; the others pass through unchanged. Tokens without a
+group are always computed. VideoLLM-MoD (arXiv 2408.16730): the vision tokens of a frame are a group.
+
+    here           paper     meaning
+    B, T, D                  streams, tokens of the interleaved sequence, model width
+    n, k                     tokens of a group; how many of them a layer computes
+    keep ratio     r         share of a group that a layer computes; a tuple, one ratio a layer: the placement
+    score          mu        what the router (the paper's LayerExpert) says of each token before any selection
+    gate                     turns the score into the weight of the update
+    keep                     (B, T) bool: does this layer compute this token?
+    rows, K        X-hat     what a layer computes: (B, K, D), the kept tokens in order
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+PADDING = 2**62  # the position of a row that is no token: later than every query, so that none attends to it
+
+# --- how many, and in which layers --------------------------------------------------------------------------
+
+
+def capacity(n: int, keep_ratio: float) -> int:
+    """k, how many of a group's n tokens a layer computes: r * n, rounded.    Eq. 2 of VideoLLM-MoD
+
+    n: tokens of the group, >= 0;  keep_ratio: r in [0, 1], taken as the decimal that it is written as
+    -> k: 0 for r = 0, n for r = 1, else at least 1 and at most n; halves round up. Nothing else here rounds.
+    Note: the paper cuts at a percentile, which keeps no token at all where the scores tie; a count cannot.
+    """
+    check_keep_ratio(keep_ratio)
+    k = math.floor(Fraction(str(keep_ratio)) * n + Fraction(1, 2))  # exact: in floats 100 * 0.07 is above 7
+    return min(n, max(k, 1)) if keep_ratio > 0 else 0
+
+
+def check_keep_ratio(keep_ratio: float) -> None:
+    if not 0 <= keep_ratio <= 1:  # also refuses NaN
+        raise ValueError(f"keep must be in [0, 1], got {keep_ratio}")
+
+
+def cosine(layer: int, layers: int, keep_ratio: float) -> float:
+    """p-MoD (arXiv 2412.04449): half a cosine from 1 down to r; above 0.85 a layer stays dense."""
+    share = 0.5 + 0.5 * math.cos(math.pi * layer / max(1, layers - 1))
+    return 1.0 if share > 0.85 else max(keep_ratio, round(share, 4))
+
+
+PLACEMENTS: dict[str, Callable[[int, int, float], float]] = {  # layer l of L, r -> its keep ratio
+    "dense": lambda l, L, r: 1.0,
+    "interleaved": lambda l, L, r: r if l % 2 else 1.0,  # the default of VideoLLM-MoD: 16 of 32 layers
+    "interleaved-deep": lambda l, L, r: r if l % 2 and l >= 2 else 1.0,
+    "all": lambda l, L, r: r,
+    "all-deep": lambda l, L, r: r if l >= 2 else 1.0,
+    "early-exit": lambda l, L, r: 0.0 if l >= 2 else 1.0,  # vision tokens leave after two layers
+    "layer-skip": lambda l, L, r: 0.0 if l % 2 else 1.0,
+    "cosine": cosine,
+}
+
+
+def placement(plan: str, layers: int, keep_ratio: float) -> tuple[float, ...]:
+    """The placement of a model: one keep ratio a layer.    Sections 4.2 and 4.3 of VideoLLM-MoD
+
+    plan: a name in PLACEMENTS;  layers: depth of the decoder;  keep_ratio: r of the routed layers
+    """
+    check_keep_ratio(keep_ratio)
+    if plan not in PLACEMENTS:
+        raise ValueError(f"plan must be one of {', '.join(PLACEMENTS)}, got {plan}")
+    return tuple(float(PLACEMENTS[plan](layer, layers, keep_ratio)) for layer in range(layers))
+
+
+# --- which: groups, scores, selection -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Who competes with whom, and what each keep ratio leaves: all of routing that is known before any score.
+
+    Planned on the host, so that every shape in the model is a host number and no layer waits for the device.
+    """
+
+    id: Tensor  # (B, T) int64, group of each token, -1: none
+    real: Tensor  # (B, T) bool, False: padding
+    size: Tensor  # (B, T) int64, n of the token's group
+    index: Tensor  # (B, T) int64, place of the token in its group, 0 ... n - 1
+    before: Tensor  # (B, T) int64, tokens of the same stream with a smaller group id
+    quota: dict[float, Tensor]  # r -> (B, T) int64, k of the token's group; T for text, 0 for padding
+    width: dict[float, int]  # r -> K, the most tokens that any of the streams keeps
+
+    @classmethod
+    def plan(cls, id: Tensor, keep: tuple[float, ...], real: Tensor | None = None) -> "Groups":
+        """id: (B, T) int64 on the host;  keep: the placement;  real: (B, T) bool, None: no padding
+
+        The tokens of a group need not be neighbours, and groups may differ in size in and between streams.
+        """
+        B, T = id.shape
+        real = torch.ones_like(id, dtype=torch.bool) if real is None else real
+        ids, dense = torch.unique(id, return_inverse=True)  # dense: (B, T) in the same order, without gaps
+        count = torch.zeros(B, len(ids), dtype=torch.int64).scatter_add_(1, dense, torch.ones_like(dense))
+        size, before = count.gather(1, dense), (count.cumsum(1) - count).gather(1, dense)
+        index = inverse(dense.argsort(dim=1, stable=True)) - before
+        n = size.where(id >= 0, 0)  # (B, T)
+        table = {r: torch.tensor([capacity(i, r) for i in range(int(n.max()) + 1)]) for r in set(keep)}
+        quota = {r: torch.where(id >= 0, k[n], T * real) for r, k in table.items()}
+        width = {r: int((index < k).sum(1).max()) for r, k in quota.items()}
+        return cls(id, real, size, index, before, quota, width)
+
+    def to(self, device: torch.device) -> "Groups":
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self)[:5]}
+        return replace(self, **tensors, quota={r: k.to(device) for r, k in self.quota.items()})
+
+
+def inverse(permutation: Tensor) -> Tensor:
+    """(B, T) a permutation a row -> (B, T) where in it each index stands"""
+    place = torch.arange(permutation.shape[1], device=permutation.device).expand_as(permutation)
+    return torch.empty_like(permutation).scatter_(1, permutation, place)
+
+
+class Router(nn.Module):
+    """mu = w . x, the importance of each token (LayerExpert): a linear map d -> 1.    Eq. 2 of VideoLLM-MoD
+
+    x: (B, T, D) hidden states as they enter the layer -> (B, T) scores of any scale
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width) * width**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A product and a sum, not F.linear: autocast would round the scores to bf16, where many tie.
+        return (x * self.weight).sum(-1)
+
+
+def random_score(position: Tensor, layer: int, seed: Tensor) -> Tensor:
+    """Scores drawn anew for each stream, layer and token.    Table 3 of VideoLLM-MoD, "Random"
+
+    position: (B, T) int64;  seed: (B,) int64, names the stream -> (B, T) float32 in [0, 1)
+    Note: a hash of (seed, layer, position): a token draws in a stream what it draws in the whole sequence.
+    """
+    prime = 2**31 - 1  # squares of residues stay below 2**62
+    h = (position % prime * 69621 + (seed[:, None] % prime * 16807 + layer * 48271 + 1)) % prime
+    for step in range(4):
+        h = (h * h + 40692 * h + step + 1) % prime
+    return h.float() / prime
+
+
+def uniform_score(groups: Groups, keep_ratio: float) -> Tensor:
+    """Scores whose best k are evenly spaced in the group.    Table 3 of VideoLLM-MoD, "Uniform"
+
+    -> (B, T) int64, <= 0. Token i is among the k best iff i * k mod n < k, which holds for exactly k of n.
+    """
+    return -(groups.index * groups.quota[keep_ratio] % groups.size.clamp(min=1))
+
+
+def select(score: Tensor, groups: Groups, keep_ratio: float) -> Tensor:
+    """Choose what a layer computes: the k best tokens of each group, and all text.    Eq. 2 of VideoLLM-MoD
+
+    score: (B, T), compared only within a group -> keep: (B, T) bool; of equals the earlier, padding never
+    Note: per group, as in the paper; a top-k over the sequence would let a token see the future.
+    """
+    by_score = score.argsort(dim=1, descending=True, stable=True)  # (B, T) best first, ties in order
+    by_group = groups.id.gather(1, by_score).argsort(dim=1, stable=True)
+    rank = inverse(by_score.gather(1, by_group)) - groups.before  # (B, T) 0: the best of its group
+    return rank < groups.quota[keep_ratio]
+
+
+# --- what happens to them: the routed update ----------------------------------------------------------------
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "linear": lambda score: score,  # Eq. 2 of VideoLLM-MoD to the letter
+    "unit": lambda score: 2 * torch.sigmoid(score),  # a converted dense layer starts almost unchanged
+}
+
+
+def routed_update(
+    block: Callable[..., Tensor], x: Tensor, score: Tensor, groups: Groups, keep_ratio: float,
+    gate: Callable[[Tensor], Tensor], position: Tensor, *along: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """y_i = x_i + g(s_i) (Block(X-hat)_i - x_i) if kept, y_i = x_i if skipped.    Eq. 2 of VideoLLM-MoD
+
+    block: (rows (B, K, D), position (B, K), *along (B, K, ...)) -> (B, K, D), causal over its rows
+    x: (B, T, D);  score: (B, T);  gate: one of GATES, or torch.ones_like for scores that are not learned
+    position: (B, T) int64 and along: (B, T, ...) belong to tokens and travel with the kept ones, unchanged
+    -> y: (B, T, D), skipped rows bit-identical to x;  keep: (B, T) bool
+    Note: X-hat is gathered by index and in order, so attention over it is plain causal attention. A stream
+    that keeps fewer than K tokens is filled up to the right with rows that nobody sees and that are dropped.
+    """
+    keep = select(score, groups, keep_ratio)
+    if groups.width[keep_ratio] == 0:  # a chunk of a stream can hold nothing that this layer computes
+        return x, keep
+    index = (~keep).int().argsort(dim=1, stable=True)[:, : groups.width[keep_ratio]]  # (B, K)
+    kept = keep.gather(1, index)  # (B, K) False: filler
+    rows = take(x, index)  # (B, K, D)
+    out = block(rows, take(position, index).where(kept, PADDING), *(take(t, index) for t in along))
+    weight = gate(score.gather(1, index)).to(out.dtype).where(groups.id.gather(1, index) >= 0, 1)  # text: 1
+    new = torch.lerp(rows, out, weight[..., None])  # the weight is on the whole update, never on the residual
+    return x.scatter(1, index[..., None].expand_as(new), new.where(kept[..., None], rows)), keep
+
+
+def take(t: Tensor, index: Tensor) -> Tensor:
+    """t: (B, T, ...), index: (B, K) -> (B, K, ...)"""
+    shape = index.shape + t.shape[2:]
+    return t.gather(1, index.reshape(index.shape + (1,) * (t.dim() - 2)).expand(shape))
+
+
+# --- what it costs ------------------------------------------------------------------------------------------
+
+
+def computed(keep: tuple[float, ...], text: int, frames: int, tokens_per_frame: int) -> list[int]:
+    """Tokens that each layer computes: all text and, of each frame, its capacity.    Eq. 3 of VideoLLM-MoD"""
+    return [text + frames * capacity(tokens_per_frame, r) for r in keep]
+
+
+def flops(config, tokens: list[int], frames: int = 0, head: int = 0, lora_rank: int = 0) -> dict[str, float]:
+    """Multiply-accumulates of one forward pass of one stream, by term.    Eq. 4 of VideoLLM-MoD
+
+    config: a model.Config;  tokens: how many each layer computes;  frames: images encoded and projected
+    head: tokens whose logits are computed;  lora_rank: of adapters on every linear layer, if not merged
+    -> {term: MACs}; a MAC is two FLOPs
+    Note: attention is not halved for causality, as in torch's FLOP counter; norms, activations, RoPE and the
+    router are left out, as usual. The paper's equation has plain multi-head attention and a two-matrix FFN;
+    its tables count what Llama-3 has, grouped queries and SwiGLU, and so do we.
+    """
+    d, m, q = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    v, ffn = config.vision_hidden_size, config.vision_intermediate_size
+    linears = [(d, q), (d, kv), (d, kv), (q, d), (d, m), (d, m), (m, d)]  # q, k, v, o, gate, up, down
+    patches = (config.image_size // config.patch_size) ** 2
+    encoder_layer = (patches + 1) * (4 * v * v + 2 * v * ffn) + 2 * (patches + 1) ** 2 * v
+    return {
+        "linears": sum(a * b for a, b in linears) * sum(tokens),
+        "attention": sum(2 * n * n * q for n in tokens),
+        "head": head * d * config.vocab_size,
+        "lora": lora_rank * (sum(a + b for a, b in linears) * sum(tokens) + head * (d + config.vocab_size)),
+        "projector": frames * config.tokens_per_frame * (v * d + d * d),
+        "vision": frames * (patches * 3 * config.patch_size**2 * v + config.vision_layers * encoder_layer),
+    }
