@@ -1,0 +1,295 @@
+"""Streams of frames and text: the tokenizer, the sequence layout, the embedded world and real videos.
+
+A stream is frames at a fixed rate and turns of text. In the sequence a frame is P vision tokens and one
+`<frame>`, at which the model decides to speak (`<assistant>`) or not (`<silent>`, predicted, never fed back).
+"""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+QUERY = "Narrate what you see, as it happens."
+
+# --- tokenizer ----------------------------------------------------------------------------------------------
+
+PAD, USER, ASSISTANT, END, FRAME, SILENT = range(6)
+SPECIAL = ("<pad>", "<user>", "<assistant>", "<end>", "<frame>", "<silent>")
+VISION = -1  # marks the place of a vision token; it has no row in the embedding table
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230), "yellow": (235, 215, 50),
+           "white": (250, 250, 250), "black": (5, 5, 5)}
+SHAPES = ("disc", "ring", "cross", "triangle")
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+WORDS = ("A", "The", " a", " the", " at", " in", " is", " of", ",", ".", "?", QUERY,
+         *(f" {word}" for word in (*COLOURS, *SHAPES, *ROWS, *COLUMNS)))
+
+
+class Tokenizer:
+    """Text to ids and back, without a file and without loss: a small word list, bytes for everything else."""
+
+    def __init__(self, words: tuple[str, ...] = WORDS) -> None:
+        encoded = [word.encode() for word in words]
+        self.pieces = [name.encode() for name in SPECIAL] + [bytes([b]) for b in range(256)] + encoded
+        self.ids = {piece: i for i, piece in enumerate(self.pieces) if i >= len(SPECIAL)}
+        longest_first = sorted(map(re.escape, encoded), key=len, reverse=True)
+        self.split = re.compile(b"|".join([*longest_first, b"."]), re.DOTALL)
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def encode(self, text: str) -> list[int]:
+        return [self.ids[piece] for piece in self.split.findall(text.encode())]
+
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(self.pieces[i] for i in ids).decode(errors="replace")
+
+
+# --- the sequence -------------------------------------------------------------------------------------------
+
+
+class Turn(NamedTuple):
+    frame: int  # a user's turn comes before this frame, a reply after it
+    role: str  # "user" or "assistant"
+    text: str
+
+
+class Sample(NamedTuple):
+    frames: np.ndarray  # (F, S, S, 3) uint8 RGB
+    turns: list[Turn]
+    seed: int  # names the stream
+
+
+class Batch(NamedTuple):
+    """Right-padded sequences, on the host."""
+
+    tokens: Tensor  # (B, T) int64, VISION at vision tokens
+    group: Tensor  # (B, T) int64, frame of a vision token, -1 for text
+    real: Tensor  # (B, T) bool, False: padding
+    labels: Tensor  # (B, T) int64, the token to predict at this place, -100: none
+    decision: Tensor  # (B, T) bool, labels that are decisions to speak or stay silent
+    frames: Tensor  # (B, F, 3, S, S) uint8, zeros after the last frame of a stream
+    seed: Tensor  # (B,) int64
+
+
+def user_turn(tokenizer: Tokenizer, text: str) -> list[int]:
+    return [USER, *tokenizer.encode(text), END]
+
+
+def reply_turn(tokenizer: Tokenizer, text: str) -> list[int]:
+    return [ASSISTANT, *tokenizer.encode(text), END]
+
+
+def frame_turn(tokens_per_frame: int) -> list[int]:
+    return [VISION] * tokens_per_frame + [FRAME]
+
+
+def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tokenizer) -> list[list[int]]:
+    """The token sequence of a stream -> [tokens, group, labels], each of T ints (see Batch)."""
+    tokens, group, labels = [], [], []
+
+    def add(ids: list[int], frame: int = -1, targets: list[int] | None = None) -> None:
+        tokens.extend(ids)
+        group.extend(frame if i == VISION else -1 for i in ids)
+        labels.extend(targets or [-100] * len(ids))
+
+    for frame in range(frames):
+        for turn in turns:
+            if turn.role == "user" and turn.frame == frame:
+                add(user_turn(tokenizer, turn.text))
+        said = next((turn.text for turn in turns if turn.role == "assistant" and turn.frame == frame), "")
+        decision = ASSISTANT if said else SILENT
+        add(frame_turn(tokens_per_frame), frame, [-100] * tokens_per_frame + [decision])
+        if said:
+            reply = reply_turn(tokenizer, said)
+            add(reply, targets=[*reply[1:], -100])
+    return [tokens, group, labels]
+
+
+def collate(samples: list[Sample], tokens_per_frame: int, tokenizer: Tokenizer) -> Batch:
+    rows = [layout(s.turns, len(s.frames), tokens_per_frame, tokenizer) for s in samples]
+    B, T, F = len(rows), max(len(row[0]) for row in rows), max(len(s.frames) for s in samples)
+    tokens, group, labels = (np.full((B, T), fill) for fill in (PAD, -1, -100))
+    frames = np.zeros((B, F, *samples[0].frames.shape[1:]), np.uint8)
+    for b, (row, sample) in enumerate(zip(rows, samples, strict=True)):
+        for array, values in zip((tokens, group, labels), row, strict=True):
+            array[b, : len(values)] = values
+        frames[b, : len(sample.frames)] = sample.frames
+    tokens, group, labels = (torch.from_numpy(a) for a in (tokens, group, labels))
+    real = torch.arange(T) < torch.tensor([[len(row[0])] for row in rows])
+    frames = torch.from_numpy(frames).permute(0, 1, 4, 2, 3)  # (B, F, 3, S, S)
+    decision = (tokens == FRAME) & (labels >= 0)
+    return Batch(tokens, group, real, labels, decision, frames, torch.tensor([s.seed for s in samples]))
+
+
+# --- the embedded world -------------------------------------------------------------------------------------
+
+
+class World:
+    """A drawn stream: now and then a coloured shape flashes on a textured, noisy ground; the reply names it.
+
+    What is to be said, and when, is known exactly. A sample is a pure function of (seed, split, number).
+    """
+
+    fps, kind = 2.0, "held-out streams"
+
+    def __init__(self, size: int, frames: int = 8) -> None:
+        self.size, self.frames = size, frames
+
+    def batch(self, seed: int, step: int, count: int, rank: int = 0) -> list[Sample]:
+        return [self.sample(seed, "train", (step * 4096 + rank) * 4096 + i) for i in range(count)]
+
+    def held_out(self, count: int) -> list[Sample]:
+        return [self.sample(0, "test", i) for i in range(count)]
+
+    def sample(self, seed: int, split: str, number: int) -> Sample:
+        rng = np.random.default_rng([seed, split == "train", number])
+        S, F = self.size, self.frames
+        texture = 18 * rng.normal(size=(1, S // 4, S // 4, 3)).repeat(4, axis=1).repeat(4, axis=2)  # stays
+        frames = 115 + 25 * rng.uniform(-1, 1, 3) + texture + 6 * rng.normal(size=(F, S, S, 3))  # new noise
+        turns = [Turn(0, "user", QUERY)]
+        for frame in range(F):
+            if rng.random() < 0.45:
+                colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+                row, column = rng.integers(3, size=2)
+                centre = (np.array([row, column]) * 2 + 1) * S / 6 - 0.5 + rng.uniform(-0.5, 0.5, 2)
+                frames[frame][self.mask(shape, centre)] = COLOURS[colour]
+                turns.append(Turn(frame, "assistant", f"A {colour} {shape}, {ROWS[row]} {COLUMNS[column]}."))
+        return Sample(frames.clip(0, 255).astype(np.uint8), turns, number)
+
+    def mask(self, shape: str, centre: np.ndarray) -> np.ndarray:
+        """(S, S) bool, the pixels of a shape about a third of the picture wide"""
+        v, u = ((np.mgrid[: self.size, : self.size] - centre[:, None, None]) * 6.6 / self.size)
+        radius = u * u + v * v
+        return {"disc": radius <= 1, "ring": (radius <= 1) & (radius >= 0.36),
+                "cross": (np.minimum(abs(u), abs(v)) <= 0.3) & (np.maximum(abs(u), abs(v)) <= 1),
+                "triangle": (abs(u) * 2 <= v + 1) & (v <= 1)}[shape]
+
+
+# --- real videos --------------------------------------------------------------------------------------------
+
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,apng,h264,hevc,ivf,m4v,mjpeg,mxf"
+
+
+def read_video(path: Path, fps: float, size: int, partial: bool = False) -> Iterator[np.ndarray]:
+    """Decode a file through the ffmpeg program, frame by frame as they are asked for.
+
+    fps: frames a second; frame i shows the last picture of the file that is not later than i / fps seconds
+    size: S; the picture is turned as its rotation says, shrunk to fit and centred on black
+    partial: keep what could be decoded of a damaged file instead of refusing it
+    -> yields (S, S, 3) uint8 RGB. Raises ValueError: no ffmpeg, no such file, no frame, damage.
+    Note: nothing but this local file is opened: no protocol, and no container that names other files.
+    """
+    program = shutil.which("ffmpeg")
+    if program is None:
+        raise ValueError("ffmpeg must be on PATH to decode videos (apt or brew install ffmpeg), got none")
+    if not Path(path).is_file():
+        raise ValueError(f"{path} must be a video file, got no such file")
+    shape = f"scale={size}:{size}:force_original_aspect_ratio=decrease,pad={size}:{size}:-1:-1"
+    command = [program, "-nostdin", "-v", "error", *([] if partial else ["-xerror"]),
+               "-protocol_whitelist", "file", "-format_whitelist", CONTAINERS, "-i", f"file:{path}",
+               "-map", "0:v:0", "-vf", f"fps={fps}:round=up,{shape}",
+               "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    complaints: deque[bytes] = deque(maxlen=1)
+    listener = threading.Thread(target=complaints.extend, args=(process.stderr,), daemon=True)
+    listener.start()
+    count = 0
+    try:
+        while len(frame := process.stdout.read(size * size * 3)) == size * size * 3:
+            count += 1
+            yield np.frombuffer(frame, np.uint8).reshape(size, size, 3)
+        failed = process.wait() != 0
+        listener.join()
+        why = complaints[0].decode(errors="replace").strip() if complaints else "the file ends early"
+        if not count:
+            raise ValueError(f"{path} must be a video, got no frame from it: {why}")
+        if failed and not partial:
+            raise ValueError(f"{path} must decode whole, got {count} frames, then: {why} "
+                             "(--partial keeps them)")
+    finally:  # also when whoever asked for frames has had enough
+        process.kill()
+        process.wait()
+        listener.join()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def read_conversations(path: Path) -> Iterator[tuple[int, str, list[dict]]]:
+    """JSONL, a video a line: {"video": name, "conversation": [{"time": s, "role": ..., "content": ...}, ...]}
+
+    -> yields (line number, video, turns). Raises ValueError naming file, line and value.
+    """
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        where = f"{path}, line {number}:"
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where} must be JSON, got {line[:60]!r} ({error})") from None
+        entry = entry if isinstance(entry, dict) else {}
+        video, turns = entry.get("video"), entry.get("conversation")
+        if not isinstance(video, str) or Path(video).is_absolute() or ".." in Path(video).parts:
+            raise ValueError(f"{where} video must name a file inside {path.parent}, got {video!r}")
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise ValueError(f"{where} conversation must be a list of turns, got {turns!r}")
+        for turn in turns:
+            time, role, content = (turn.get(key) for key in ("time", "role", "content"))
+            if isinstance(time, bool) or not isinstance(time, int | float) or not 0 <= time < math.inf:
+                raise ValueError(f"{where} time must be a number of seconds, at least 0, got {time!r}")
+            if role not in ("user", "assistant"):
+                raise ValueError(f"{where} role must be user or assistant, got {role!r}")
+            if not isinstance(content, str) or not content.strip():
+                raise ValueError(f"{where} content must be text, got {content!r}")
+        yield number, video, turns
+
+
+class Folder:
+    """Clips and conversations: every *.jsonl of a folder. A batch is a function of (seed, step, rank)."""
+
+    kind = "training clips"  # a folder has no held-out ones
+
+    def __init__(self, folder: Path, size: int, fps: float = 2.0, partial: bool = False) -> None:
+        self.fps, self.samples = fps, []
+        for path in sorted(folder.glob("*.jsonl")):
+            for number, video, turns in read_conversations(path):
+                frames = np.stack(list(read_video(folder / video, fps, size, partial)))
+                last, said = len(frames) - 1, {}
+                for turn in turns:
+                    at = math.ceil(turn["time"] * fps - 1e-9)  # on the frame grid, never too early
+                    if at > last:
+                        raise ValueError(f"{path}, line {number}: time must be at most {last / fps} s, "
+                                         f"the last frame of {video}, got {turn['time']}")
+                    said.setdefault((at, turn["role"]), []).append(turn["content"])
+                joined = [Turn(*key, " ".join(texts)) for key, texts in said.items()]
+                self.samples.append(Sample(frames, joined, len(self.samples)))
+        if not self.samples:
+            raise ValueError(f"{folder} must hold clips and a .jsonl file with their conversations, got none")
+
+    def batch(self, seed: int, step: int, count: int, rank: int = 0) -> list[Sample]:
+        """At most `count` clips, none of them twice."""
+        order = np.random.default_rng([seed, step, rank]).permutation(len(self.samples))
+        return [self.samples[i] for i in order[:count]]
+
+    def held_out(self, count: int) -> list[Sample]:
+        return self.samples[:count]
+
+
+Source = World | Folder
+TASKS = {"narration": World}
+
+
+def open_source(task: str, data: str, fps: float, partial: bool, size: int) -> Source:
+    """Where streams come from: the embedded world of a task, or a folder of clips if one is named."""
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task}")
+    return Folder(Path(data), size, fps, partial) if data else TASKS[task](size)
