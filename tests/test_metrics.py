@@ -1,0 +1,79 @@
+"""The four metrics are those of VideoLLM-online's code, worked out by hand, beside their corrected forms."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+from eval import Evidence, speaks, summarise, turn_metrics
+
+SILENT, SPEAK = False, True
+
+
+def turn(spoke, later=(), right=(True, True, True, True), nll=None):
+    return Evidence(list(spoke), list(later), nll or [math.log(2)] * len(right), list(right))
+
+
+@pytest.mark.parametrize(("case", "time_diff", "corrected", "fluency", "fluency_corrected"), [
+    # on time: all 3 frames and the 4 tokens of the reply, or those before its first wrong one
+    (turn([SILENT, SILENT, SPEAK]), 0, 0, 7 / 7, 7 / 7),
+    (turn([SILENT, SILENT, SPEAK], right=[True, False, True, True]), 0, 0, 4 / 7, 4 / 7),
+    # one frame early: the code counts both frames as right, but only the first one was
+    (turn([SILENT, SPEAK, SILENT]), 1, 1, 2 / 7, 1 / 7),
+    (turn([SPEAK, SPEAK, SPEAK]), 2, 2, 1 / 7, 0 / 7),
+    # two frames late
+    (turn([SILENT] * 3, later=[SILENT, SPEAK]), 2, 2, 2 / 7, 2 / 7),
+    # never: the code counts the frames that were fed, and with none left takes the reply for a punctual one
+    (turn([SILENT] * 3, later=[SILENT, SILENT]), 2, 3, 2 / 7, 2 / 7),
+    (turn([SILENT] * 3), 0, 1, 7 / 7, 2 / 7),
+])
+def test_a_turn_is_scored_as_worked_out_by_hand(case, time_diff, corrected, fluency, fluency_corrected):
+    got = turn_metrics(case)
+    assert got["time_diff"] == time_diff and got["time_diff_corrected"] == corrected
+    assert [got["fluency"], got["fluency_corrected"]] == pytest.approx([fluency, fluency_corrected])
+    assert got["lm_ppl"] == pytest.approx(2)
+
+
+def test_lm_correctness_ends_at_the_first_wrong_token_and_reply_accuracy_does_not():
+    numbers = summarise([[turn([SPEAK], right=[True, False, True, True])]], fps=2)
+    assert numbers["lm_correctness"] == 1 / 4 and numbers["reply_accuracy"] == 3 / 4
+
+
+def test_the_mean_is_over_turns_then_over_streams_and_time_is_in_seconds():
+    late, punctual = turn([SILENT], later=[SPEAK]), turn([SPEAK])
+    numbers = summarise([[late, punctual, punctual, punctual], [late], []], fps=2)
+    assert numbers["time_diff"] == pytest.approx((1 / 4 + 1) / 2 / 2)
+
+
+def test_the_mean_of_perplexities_is_not_the_perplexity_of_the_mean():
+    sure, unsure = turn([SPEAK], nll=[0.0] * 4), turn([SPEAK], nll=[2.0] * 4)
+    numbers = summarise([[sure, unsure]], fps=1)
+    assert numbers["lm_ppl"] == pytest.approx((1 + math.exp(2)) / 2)
+    assert numbers["lm_ppl_corrected"] == pytest.approx(math.exp(1))
+
+
+def test_nothing_to_score_is_an_error_and_not_a_perfect_score():
+    with pytest.raises(ValueError, match="at least one reply"):
+        summarise([[], []], fps=2)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=5), st.lists(st.booleans(), max_size=4),
+       st.lists(st.booleans(), min_size=1, max_size=5))
+def test_every_metric_stays_in_its_range_and_only_a_perfect_turn_is_perfect(spoke, later, right):
+    later = [] if any(spoke) else later
+    got = turn_metrics(turn(spoke, later, right))
+    assert 0 <= got["fluency_corrected"] <= got["fluency"] <= 1 and 0 <= got["lm_correctness"] <= 1
+    assert got["time_diff"] <= got["time_diff_corrected"]
+    perfect = spoke.index(True) == len(spoke) - 1 if any(spoke) else False
+    assert (got["time_diff_corrected"] == 0) == perfect
+    assert (got["fluency_corrected"] == 1) == (perfect and all(right))
+
+
+def test_the_threshold_makes_it_speak_earlier_and_zero_leaves_the_best_token_to_decide():
+    logits = torch.full((1, 8), -9.0)
+    logits[0, data.SILENT], logits[0, data.ASSISTANT] = 1.0, 0.0  # silence has about 0.73
+    assert not speaks(logits, 0.0).item() and not speaks(logits, 0.7).item()
+    assert speaks(logits, 0.8).item() and speaks(logits[:, [0, 1, 5, 3, 4, 2, 6, 7]], 0.0).item()
