@@ -1,0 +1,81 @@
+"""A user's mistake ends in one sentence on what must hold and what came, exit status 2, nothing written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+import train
+from eval import PAPER, paper_cost
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--steps", "1", "--batch", "1", "--streams", "1", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(("main", "argv", "complaint"), [
+    (train.main, ["--keep", "1.5"], r"keep must be in \[0, 1\], got 1\.5"),
+    (train.main, ["--keep", "nan"], r"keep must be in \[0, 1\], got nan"),
+    (train.main, ["--plan", "sparse"], "plan must be one of dense, .*, got sparse"),
+    (train.main, ["--preset", "huge"], "preset must be one of tiny, .*, got huge"),
+    (train.main, ["--router", "magic"], "router must be one of learned, .*, got magic"),
+    (train.main, ["--gate", "tanh"], "gate must be one of sigmoid, .*, got tanh"),
+    (train.main, ["--task", "chess"], "task must be one of narration, got chess"),
+    (train.main, ["--steps", "0"], "steps must be above 0, got 0"),
+    (train.main, ["--seed", "-1"], "seed must be at least 0, got -1"),
+    (train.main, ["--steps", "many"], "invalid int value: 'many'"),
+    (train.main, ["--colour", "red"], "unrecognized arguments: --colour red"),
+    (train.main, ["--step", "3"], "unrecognized arguments: --step 3"),
+    (train.main, ["--device", "tpu"], "device must be cpu or, .*, got tpu"),
+    (train.main, ["--data", "/absent"], "/absent must hold clips"),
+    (train.main, ["--init", "/absent"], r"/absent/config\.json must hold the Config"),
+    (evaluation.main, ["/absent"], r"/absent/config\.json must hold the Config"),
+    (evaluation.main, ["--threshold", "2"], r"threshold must be in \[0, 1\], got 2"),
+    (evaluation.main, ["--window", "-1"], "window must be at least 0, got -1"),
+    (evaluation.main, [], "out/ must hold a run to evaluate"),
+])
+def test_a_bad_flag_is_refused_in_a_sentence_and_writes_nothing(tmp_path, monkeypatch, main, argv, complaint):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=complaint):
+        main([*argv, *(SMALL if main is train.main and {"--steps", "--device"}.isdisjoint(argv) else [])])
+    assert not list(tmp_path.iterdir())
+
+
+def script(name, *argv, cwd):
+    done = subprocess.run([sys.executable, ROOT / name, *argv], cwd=cwd, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_mistake_on_the_command_line_prints_one_line_and_exits_with_2(tmp_path):
+    code, out, err = script("train.py", "--keep", "1.5", cwd=tmp_path)
+    assert (code, out, err) == (2, "", "train.py: error: keep must be in [0, 1], got 1.5\n")
+    code, out, err = script("eval.py", "nowhere", cwd=tmp_path)
+    assert code == 2 and err.count("\n") == 1
+    assert err.startswith("eval.py: error: nowhere/config.json must hold")
+
+
+def test_a_run_is_trained_evaluated_drawn_and_watched(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main([*SMALL, "--plan", "all", "--keep", "0.5", "--out", "out/mine"])
+    printed = capsys.readouterr().out
+    for words in ("keep ratios (0.5, 0.5, 0.5, 0.5)", "median step", "LM-PPL", "TimeDiff", "Fluency",
+                  "LM-Correctness", "decisions right", "out/mine/routing.png"):
+        assert words in printed
+    assert max(len(line) for line in printed.splitlines() if " s  " not in line) <= 80
+    evaluation.main(["--streams", "1", "--device", "cpu"])  # the newest run in out/
+    assert capsys.readouterr().out.startswith("out/mine: 1 held-out streams")
+    result = json.loads(Path("out/mine/eval.json").read_text())
+    assert set(result) == {"streams", "teacher_forced", "free_running"}
+    assert Path("out/mine/routing.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_papers_cost_column_is_reproduced():
+    for _, plan, ratio, paper in PAPER:
+        assert paper_cost(plan, ratio)[0] == pytest.approx(paper, abs=0.01)
+    dense, routed = paper_cost("dense", 1.0), paper_cost("interleaved", 0.2)
+    assert dense[2] == 32 * 11 * 2 * 8 * 128 * 2 and routed[2] == (16 * 11 + 16 * 3) * 2 * 8 * 128 * 2
+    assert 0.6 < routed[1] / dense[1] < 0.64

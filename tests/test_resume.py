@@ -1,0 +1,128 @@
+"""A run is saved whole, resumed bit for bit, and refused by name where its files do not fit."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import model as models
+import train
+from model import Config, VideoLM, initialise, load, save
+
+SMALL = ["--batch", "2", "--streams", "2", "--save_every", "2", "--warmup", "2", "--device", "cpu"]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def log(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train.main(["--out", str(folder), "--steps", "6", *SMALL])
+    return folder
+
+
+@pytest.mark.parametrize("moment", ["in step 0", "in step 5", "before step 4's save", "after step 4's save"])
+def test_a_run_killed_and_resumed_ends_in_the_same_bits_as_a_whole_one(whole, tmp_path, monkeypatch, moment):
+    def kill(*args, **kwargs):
+        raise Killed
+
+    original, save_weights = train.train_step, models.save
+
+    def step(model, optimizers, cfg, batch, n):
+        return kill() if moment == f"in step {n}" else original(model, optimizers, cfg, batch, n)
+
+    def saving(folder, model, number):
+        if number == 4 and moment.startswith("before"):
+            kill()
+        save_weights(folder, model, number)
+        if number == 4 and moment.startswith("after"):
+            kill()
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", step)
+        patch.setattr(models, "save", saving)
+        with pytest.raises(Killed):
+            train.main(["--out", str(folder), "--steps", "6", *SMALL])
+    load(folder)
+    train.main(["--out", str(folder), "--resume", "--device", "cpu"])
+    a, b = weights(whole), weights(folder)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert log(whole) == log(folder) and [line["step"] for line in log(folder)] == list(range(6))
+    assert sorted(p.name for p in folder.glob("optimizer-*")) == ["optimizer-6.safetensors"]
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(whole):
+    with pytest.raises(ValueError, match=r"out must be a new folder, got .*--resume"):
+        train.main(["--out", str(whole)])
+    with pytest.raises(ValueError, match=r"keep must be 0\.2 to resume .*, got 0\.5"):
+        train.main(["--out", str(whole), "--resume", "--keep", "0.5"])
+    with pytest.raises(ValueError, match=r"train\.json must hold the settings"):
+        train.main(["--out", str(whole.parent / "absent"), "--resume"])
+
+
+def test_a_loaded_model_is_the_saved_one_with_its_placement(tmp_path):
+    config = Config(keep=(0.2, 1.0, 0.0, 0.5), router="learned", gate="unit")
+    model = initialise(VideoLM(config), 3)
+    save(tmp_path / "run", model)
+    again = load(tmp_path / "run")
+    assert again.config == config
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_run_begun_from_another_has_its_weights_and_new_routers(whole, tmp_path):
+    cfg = train.TrainConfig(init=str(whole), plan="all", keep=0.5, gate="unit")
+    model = train.build(cfg, train.Tokenizer())
+    assert model.config.keep == (0.5,) * 4 and len(model.routers) == 4
+    donor = weights(whole)
+    assert all(torch.equal(t, donor[name]) for name, t in model.state_dict().items() if name in donor)
+
+
+@pytest.mark.parametrize(("spoil", "complaint"), [
+    (lambda run: (run / "config.json").unlink(), r"config\.json must hold"),
+    (lambda run: (run / "config.json").write_text("{"), r"config\.json must hold"),
+    (lambda run: (run / "config.json").write_text('{"keep": [1.0], "colour": 3}'), "colour"),
+    (lambda run: change(run, vocab_size=9), r"embed_tokens\.weight must be \[9, 128\], got \[320, 128\]"),
+    (lambda run: change(run, keep=(1.0, 0.2, 1.0, 1.0)), r"routers\.1\.weight must be \[128\], got nothing"),
+    (lambda run: change(run, keep=(1.5,) * 4), r"keep must be in \[0, 1\], got 1\.5"),
+    (lambda run: change(run, hidden_size="big"), "hidden_size must be of type int, got 'big'"),
+    (lambda run: (run / "model.safetensors").unlink(), r"model\.safetensors must be a safetensors file"),
+    (lambda run: (run / "model.safetensors").write_bytes(b"\x10" * 99),
+     r"model\.safetensors must be a safetensors file"),
+    (lambda run: save_file({"x": torch.zeros(2)}, run / "model.safetensors"), "must be .*, got nothing"),
+])
+def test_a_run_folder_that_does_not_fit_is_refused_by_name(tmp_path, spoil, complaint):
+    run = tmp_path / "run"
+    save(run, initialise(VideoLM(Config()), 0))
+    spoil(run)
+    with pytest.raises(ValueError, match=complaint):
+        load(run)
+
+
+def change(run, **values):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | values))
+
+
+def test_the_presets_are_the_models_of_the_papers():
+    with torch.device("meta"):
+        for name, billions in (("llama3-8b", 8.03), ("vicuna-7b", 6.74)):
+            net = VideoLM(replace(models.preset(name)))
+            size = sum(p.numel() for n, p in net.named_parameters() if not n.startswith(("vision", "multi")))
+            assert size / 1e9 == pytest.approx(billions, abs=0.01)
+    assert models.preset("llama3-8b").tokens_per_frame == 10
+    assert asdict(models.preset("tiny")) == asdict(Config())

@@ -1,0 +1,236 @@
+"""Train a streaming video-language model, dense or routed, then evaluate it.
+
+    python train.py                 the embedded world, interleaved, keep 0.2
+    python train.py --plan dense    the same without routing
+    python train.py --data DIR      your own clips and conversations
+"""
+
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+import data
+import model as models
+from data import Tokenizer
+from eval import pick_device, report
+from mod import GATES, PLACEMENTS, Groups, flops, placement
+from model import VideoLM, opt, streaming_loss, write, write_json
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    out: str = opt("", "run folder (default: out/TASK-PLAN-KEEP-seedN)")
+    steps: int = opt(400, "optimizer steps")
+    batch: int = opt(16, "streams a step")
+    seed: int = opt(0, "of the weights and of the batches")
+    task: str = opt("narration", "what happens in the embedded world")
+    data: str = opt("", "folder of clips and .jsonl conversations to learn instead")
+    fps: float = opt(2.0, "frames a second to read of clips")
+    partial: bool = opt(False, "use what can be decoded of damaged clips")
+    preset: str = opt("tiny", "sizes of the model")
+    init: str = opt("", "run folder whose weights to start from, instead of a preset")
+    plan: str = opt("interleaved", f"which layers are routed: {', '.join(PLACEMENTS)}")
+    keep: float = opt(0.2, "keep ratio r of the routed layers")
+    router: str = opt("learned", f"what scores the tokens: {', '.join(models.ROUTERS)}")
+    gate: str = opt("sigmoid", f"turns a score into the weight of the update: {', '.join(GATES)}")
+    sigma: float = opt(1.0, "weight of a decision to speak, against that of a reply token")
+    muon_lr: float = opt(0.02, "peak learning rate of hidden matrices (Muon)")
+    adam_lr: float = opt(0.002, "peak learning rate of everything else (AdamW)")
+    warmup: int = opt(20, "steps of linear warm-up, before a cosine to zero")
+    clip: float = opt(1.0, "largest norm of the gradient")
+    save_every: int = opt(100, "steps between checkpoints")
+    streams: int = opt(64, "held-out streams to evaluate on at the end")
+    device: str = opt("", "cpu or cuda (default: cuda where there is one)")
+    compile: bool = opt(False, "compile the model for training")
+    resume: bool = opt(False, "go on with the run in --out")
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "save_every", "streams", "fps", "muon_lr", "adam_lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("seed", "warmup", "sigma"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+    @property
+    def folder(self) -> Path:
+        ratio = "" if self.plan == "dense" else f"-{self.keep:g}"
+        return Path(self.out or f"out/{Path(self.data).name or self.task}-{self.plan}{ratio}-seed{self.seed}")
+
+
+def build(cfg: TrainConfig, tokenizer: Tokenizer) -> VideoLM:
+    """The model before its first step: drawn from the seed, or another run's weights with routers drawn."""
+    donor = models.load(Path(cfg.init)) if cfg.init else None
+    sizes = donor.config if donor else replace(models.preset(cfg.preset), vocab_size=len(tokenizer))
+    keep = placement(cfg.plan, sizes.num_hidden_layers, cfg.keep)
+    model = VideoLM(replace(sizes, keep=keep, router=cfg.router, gate=cfg.gate))
+    models.initialise(model, cfg.seed)
+    if donor:
+        wanted = model.state_dict()
+        model.load_state_dict(wanted | {name: t for name, t in donor.state_dict().items() if name in wanted})
+    return model
+
+
+def make_optimizers(model: VideoLM, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of blocks and projector; AdamW for embeddings, head, norms, biases, routers."""
+    hidden: list[Tensor] = []
+    rest: list[Tensor] = []
+    for name, p in model.named_parameters():
+        (hidden if p.dim() == 2 and ("layers." in name or "projector" in name) else rest).append(p)
+    return [torch.optim.Muon(hidden, lr=cfg.muon_lr, weight_decay=0.0),
+            torch.optim.AdamW(rest, lr=cfg.adam_lr, weight_decay=0.0, fused=rest[0].is_cuda)]
+
+
+def learning_rate(step: int, cfg: TrainConfig) -> float:
+    """Share of the peak: linear warm-up, then a cosine to zero."""
+    return min(1.0, (step + 1) / max(1, cfg.warmup)) * (0.5 + 0.5 * math.cos(math.pi * step / cfg.steps))
+
+
+def train_step(model: VideoLM, optimizers: list, cfg: TrainConfig, b: data.Batch, step: int) -> dict:
+    """One update on a batch -> the numbers of its log line. Raises ValueError if the loss is not finite."""
+    device = model.lm_head.weight.device
+    groups = Groups.plan(b.group, model.config.keep, b.real).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        hidden = model(b.tokens.to(device), b.frames.to(device), groups, b.seed.to(device)).hidden
+        loss = streaming_loss(model, hidden, b.labels, torch.where(b.decision, cfg.sigma, 1.0))
+    loss.backward()
+    norm = clip_grad_norm_(model.parameters(), cfg.clip)
+    if not loss.isfinite() or not norm.isfinite():
+        raise ValueError(f"loss and gradient must stay finite, got {loss} and norm {norm} at step {step}")
+    for optimizer, peak in zip(optimizers, (cfg.muon_lr, cfg.adam_lr), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = peak * learning_rate(step, cfg)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "tokens": int(b.real.sum())}
+
+
+def checkpoint(folder: Path, model: VideoLM, optimizers: list, step: int) -> None:
+    """Save weights and optimizer state after so many steps.
+
+    What counts is the rename of model.safetensors, which holds its step: the optimizer state of that step is
+    on disk by then, and that of the last checkpoint still is. So a kill at any time leaves a whole one.
+    """
+    state = {f"{i}.{n}.{key}": t.contiguous() for i, optimizer in enumerate(optimizers)
+             for n, values in optimizer.state_dict()["state"].items() for key, t in values.items()}
+    write(folder / f"optimizer-{step}.safetensors", lambda path: save_file(state, path))
+    models.save(folder, model, step)
+    for old in folder.glob("optimizer-*.safetensors"):
+        if old.name != f"optimizer-{step}.safetensors":
+            old.unlink()
+
+
+def resume(folder: Path, model: VideoLM, optimizers: list) -> int:
+    """Load the last checkpoint and drop the log lines after it -> the number of steps already taken"""
+    weights, step = models.read_weights(folder / "model.safetensors")
+    model.load_state_dict(weights)
+    values: list[dict] = [{} for _ in optimizers]
+    for name, t in models.read_weights(folder / f"optimizer-{step}.safetensors")[0].items():
+        i, n, key = name.split(".")
+        values[int(i)].setdefault(int(n), {})[key] = t
+    for optimizer, state in zip(optimizers, values, strict=True):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines[: step + 1] if line.endswith("\n")]  # the first line is not a step
+    write(folder / "log.jsonl", lambda path: path.write_text("".join(kept)))
+    return step
+
+
+def settings(cfg: TrainConfig) -> TrainConfig:
+    """The settings of this run; with --resume those it began with. Raises ValueError if the given clash."""
+    file = cfg.folder / "train.json"
+    if not cfg.resume:
+        if (cfg.folder / "model.safetensors").exists():
+            raise ValueError(f"out must be a new folder, got the run {cfg.folder} (--resume goes on)")
+        return cfg
+    try:
+        began = TrainConfig(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{file} must hold the settings of the run to resume: {error}") from None
+    free = {"out": cfg.out, "device": cfg.device, "compile": cfg.compile, "resume": True}
+    for f in fields(cfg):
+        given, was = getattr(cfg, f.name), getattr(began, f.name)
+        if f.name not in free and given not in (was, f.default):
+            raise ValueError(f"{f.name} must be {was} to resume {cfg.folder}, got {given}")
+    return replace(began, **free)
+
+
+def first_line(cfg: TrainConfig, model: VideoLM, share: float) -> dict:
+    """What tells this run from another: command, settings, code, versions, machine, cost."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return {"argv": sys.argv[1:], **asdict(cfg), "commit": commit, "torch": torch.__version__,
+            "python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count(),
+            "parameters": sum(p.numel() for p in model.parameters()), "placement": model.config.keep,
+            "flops_of_dense": round(share, 4)}
+
+
+def share_of_dense(model: VideoLM, b: data.Batch) -> float:
+    """FLOPs of a step on this batch, by formula, over those of the dense model."""
+    c, T, F = model.config, b.tokens.shape[1], b.frames.shape[1]
+    width, head = Groups.plan(b.group, c.keep, b.real).width, int((b.labels >= 0).sum()) // len(b.labels)
+    tokens = [T if r == 1 else width[r] for r in c.keep]
+    return sum(flops(c, tokens, F, head).values()) / sum(flops(c, [T] * len(tokens), F, head).values())
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB: of the GPU's memory, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = settings(models.parse(TrainConfig, argv, __doc__))
+    device, folder, tokenizer = pick_device(cfg.device), cfg.folder, Tokenizer()
+    model = build(cfg, tokenizer).to(device)
+    source = data.open_source(cfg.task, cfg.data, cfg.fps, cfg.partial, model.config.image_size)
+    optimizers = make_optimizers(model, cfg)
+    start = resume(folder, model, optimizers) if cfg.resume else 0
+
+    def batch(step: int) -> data.Batch:
+        samples = source.batch(cfg.seed, step, cfg.batch)
+        return data.collate(samples, model.config.tokens_per_frame, tokenizer)
+
+    first = first_line(cfg, model, share_of_dense(model, batch(0)))
+    print(f"{folder}: {first['parameters']:,} parameters on {device}\nkeep ratios {model.config.keep}, "
+          f"{first['flops_of_dense']:.0%} of the dense model's FLOPs")
+    if not cfg.resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "train.json", asdict(cfg))
+        write(folder / "log.jsonl", lambda path: path.write_text(json.dumps(first) + "\n"))
+        checkpoint(folder, model, optimizers, 0)  # from here on it is a run
+    stepped = torch.compile(model) if cfg.compile else model  # the same parameters; evaluation stays as it is
+    with open(folder / "log.jsonl", "a") as log:
+        bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, ncols=80)
+        for step in bar:
+            began = time.perf_counter()
+            numbers = train_step(stepped, optimizers, cfg, batch(step), step)
+            numbers["seconds"] = round(time.perf_counter() - began, 4)
+            print(json.dumps(numbers), file=log, flush=True)
+            bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {1000 * numbers['seconds']:.0f} ms a step")
+            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+                checkpoint(folder, model, optimizers, step + 1)
+    steps = map(json.loads, (folder / "log.jsonl").read_text().splitlines()[1:])
+    took = median(line["seconds"] for line in steps)
+    print(f"median step {1000 * took:.0f} ms, peak memory {peak_memory(device):.0f} MiB")
+    report(folder, model.eval(), tokenizer, source, cfg.streams)
+
+
+if __name__ == "__main__":
+    models.run(main)
