@@ -131,14 +131,14 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.randn(width) * width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A product and a sum, not F.linear: autocast would round the scores to bf16, where many tie.
-        return (x * self.weight).sum(-1)
+        # A product and a sum in at least float32, not F.linear: among scores rounded to bf16, many tie.
+        return (x * self.weight).sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def random_score(position: Tensor, layer: int, seed: Tensor) -> Tensor:
     """Scores drawn anew for each stream, layer and token.    Table 3 of VideoLLM-MoD, "Random"
 
-    position: (B, T) int64;  seed: (B,) int64, names the stream -> (B, T) float32 in [0, 1)
+    position: (B, T) int64;  seed: (B,) int64, names the stream -> (B, T) float32 in [0, 1]
     Note: a hash of (seed, layer, position): a token draws in a stream what it draws in the whole sequence.
     """
     prime = 2**31 - 1  # squares of residues stay below 2**62

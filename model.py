@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import sys
-from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -303,8 +302,8 @@ class VideoLM(nn.Module):
         if str(layer) in self.routers:
             return self.routers[str(layer)](x)
         if self.config.router == "random":
-            return mod.random_score(position, layer, seed).to(x.dtype)
-        return mod.uniform_score(groups, self.config.keep[layer]).to(x.dtype)
+            return mod.random_score(position, layer, seed)
+        return mod.uniform_score(groups, self.config.keep[layer])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., vocabulary). Ask only for rows that are read: vision tokens predict nothing."""
@@ -346,41 +345,45 @@ class Cache:
 
     A position comes from one counter a stream, never from the length of a layer, and stays with its token. So
     one rule serves full, routed and evicted layers and streams of any length: a query sees what is not later.
-    window: None, or W: the first text and the last W frames stay, the rest is dropped as frames arrive
+    Within a stream, group ids must grow from chunk to chunk.
+    window: None, or W: the first text stays, and the last W frames, each with the text that follows it
     """
 
     def __init__(self, config: Config, streams: int = 1, window: int | None = None, device: str = "cpu"):
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1 frame, got {window}")
         self.rows: list[tuple[Tensor, ...]] = [()] * config.num_hidden_layers  # k, v, position; room for more
         self.length = [0] * config.num_hidden_layers  # rows in use
         self.seen = torch.zeros(streams, 1, dtype=torch.int64, device=device)  # tokens so far
-        self.last_group = -1
-        self.starts: deque[Tensor] = deque(maxlen=window or 0)  # (B, 1) where the last W frames begin
-        self.first_text: Tensor | None = None  # (B, 1) tokens before the first frame
+        self.last_group = torch.full_like(self.seen, -1)
+        self.first_text = torch.full_like(self.seen, PADDING)  # its length, once the first frame is there
+        self.starts = None if window is None else self.seen.expand(streams, window)  # of the last W frames
 
     def advance(self, groups: Groups) -> Tensor:
         """Count a chunk in -> (B, 1) the position of its first token; drop what leaves the window"""
-        start, ids = self.seen, groups.id[groups.id >= 0].unique().tolist()
-        if ids and ids[0] <= self.last_group:
-            raise ValueError(f"a chunk must not split a group, got {ids[0]} after {self.last_group}")
-        if ids and self.starts.maxlen:
-            if len(ids) > 1:
-                raise ValueError(f"with a window, frames must come one at a time, got {len(ids)}")
-            self.slide(start + (groups.id >= 0).int().argmax(dim=1, keepdim=True))
-        self.last_group = max([self.last_group, *ids])
+        start, seen_before = self.seen, (groups.id >= 0) & (groups.id <= self.last_group)
+        if bool(seen_before.any()):
+            raise ValueError(f"a chunk must not split a group, got {int(groups.id[seen_before][0])} again")
+        if self.starts is not None and bool((groups.id >= 0).any()):
+            self.slide(groups.id, start)
+        self.last_group = torch.maximum(self.last_group, groups.id.amax(1, keepdim=True))
         self.seen = start + groups.real.sum(1, keepdim=True)
         return start
 
-    def slide(self, start: Tensor) -> None:
-        """A frame begins at start: (B, 1). Once W are held, the oldest leaves with the text after it."""
-        self.first_text = start if self.first_text is None else self.first_text
-        full = len(self.starts) == self.starts.maxlen
-        self.starts.append(start)
-        for layer, rows in enumerate(self.rows if full else ()):
+    def slide(self, id: Tensor, start: Tensor) -> None:
+        """id: (B, T), start: (B, 1). In streams that have W frames and get one, the oldest leaves."""
+        if bool(((id >= 0) & (id != id[:, :1])).any()):
+            raise ValueError("with a window, a chunk must begin with its only frame, got text or two frames")
+        gets_one = id[:, :1] >= 0  # (B, 1)
+        self.first_text = torch.minimum(self.first_text, start.where(gets_one, PADDING))
+        self.starts = torch.cat([self.starts[:, 1:], start], dim=1).where(gets_one, self.starts)  # (B, W)
+        oldest = self.starts[:, :1]
+        for layer, rows in enumerate(self.rows if bool((oldest > self.first_text).any()) else ()):
             if not rows:
                 continue
             k, v, position = (t[:, :, : self.length[layer]] for t in rows)
             at = position[:, 0, :, 0]  # (B, L)
-            stay = ((at < self.first_text) | (at >= self.starts[0])) & (at < PADDING)
+            stay = ((at < self.first_text) | (at >= oldest)) & (at < PADDING)
             index = (~stay).int().argsort(dim=1, stable=True)[:, : int(stay.sum(1).max())]  # (B, L')
             held = (k, v, position.where(stay[:, None, :, None], PADDING))
             self.length[layer] = 0

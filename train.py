@@ -9,7 +9,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -101,13 +100,18 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     return min(1.0, (step + 1) / max(1, cfg.warmup)) * (0.5 + 0.5 * math.cos(math.pi * step / cfg.steps))
 
 
-def train_step(model: VideoLM, optimizers: list, cfg: TrainConfig, b: data.Batch, step: int) -> dict:
-    """One update on a batch -> the numbers of its log line. Raises ValueError if the loss is not finite."""
+def batch_loss(model: VideoLM, cfg: TrainConfig, b: data.Batch) -> Tensor:
+    """The loss of a batch, in bf16 where that is fast."""
     device = model.lm_head.weight.device
     groups = Groups.plan(b.group, model.config.keep, b.real).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         hidden = model(b.tokens.to(device), b.frames.to(device), groups, b.seed.to(device)).hidden
-        loss = streaming_loss(model, hidden, b.labels, torch.where(b.decision, cfg.sigma, 1.0))
+        return streaming_loss(model, hidden, b.labels, torch.where(b.decision, cfg.sigma, 1.0))
+
+
+def train_step(model: VideoLM, optimizers: list, cfg: TrainConfig, b: data.Batch, step: int) -> dict:
+    """One update on a batch -> the numbers of its log line. Raises ValueError if the loss is not finite."""
+    loss = batch_loss(model, cfg, b)
     loss.backward()
     norm = clip_grad_norm_(model.parameters(), cfg.clip)
     if not loss.isfinite() or not norm.isfinite():
@@ -170,14 +174,14 @@ def settings(cfg: TrainConfig) -> TrainConfig:
     return replace(began, **free)
 
 
-def first_line(cfg: TrainConfig, model: VideoLM, share: float) -> dict:
-    """What tells this run from another: command, settings, code, versions, machine, cost."""
+def first_line(cfg: TrainConfig, model: VideoLM, b: data.Batch) -> dict:
+    """What tells this run from another: command, settings, code, versions, machine; and what a step costs."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     return {"argv": sys.argv[1:], **asdict(cfg), "commit": commit, "torch": torch.__version__,
             "python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count(),
             "parameters": sum(p.numel() for p in model.parameters()), "placement": model.config.keep,
-            "flops_of_dense": round(share, 4)}
+            "flops_of_dense": share_of_dense(model, b), "activations_mib": activation_memory(model, cfg, b)}
 
 
 def share_of_dense(model: VideoLM, b: data.Batch) -> float:
@@ -185,14 +189,23 @@ def share_of_dense(model: VideoLM, b: data.Batch) -> float:
     c, T, F = model.config, b.tokens.shape[1], b.frames.shape[1]
     width, head = Groups.plan(b.group, c.keep, b.real).width, int((b.labels >= 0).sum()) // len(b.labels)
     tokens = [T if r == 1 else width[r] for r in c.keep]
-    return sum(flops(c, tokens, F, head).values()) / sum(flops(c, [T] * len(tokens), F, head).values())
+    routed, dense = (sum(flops(c, n, F, head).values()) for n in (tokens, [T] * len(tokens)))
+    return round(routed / dense, 4)
 
 
-def peak_memory(device: torch.device) -> float:
-    """MiB: of the GPU's memory, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+def activation_memory(model: VideoLM, cfg: TrainConfig, b: data.Batch) -> float:
+    """MiB that a forward pass on this batch keeps for the backward pass, the weights aside."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}  # storage -> bytes
+
+    def count(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        held = batch_loss(model, cfg, b)  # until they are counted, so that no storage is counted twice
+    del held
+    return round(sum(n for storage, n in kept.items() if storage not in weights) / 2**20, 1)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -207,9 +220,10 @@ def main(argv: list[str] | None = None) -> None:
         samples = source.batch(cfg.seed, step, cfg.batch)
         return data.collate(samples, model.config.tokens_per_frame, tokenizer)
 
-    first = first_line(cfg, model, share_of_dense(model, batch(0)))
-    print(f"{folder}: {first['parameters']:,} parameters on {device}\nkeep ratios {model.config.keep}, "
-          f"{first['flops_of_dense']:.0%} of the dense model's FLOPs")
+    first = first_line(cfg, model, batch(0))
+    print(f"{folder}: {first['parameters']:,} parameters on {device}\n"
+          f"keep {', '.join(f'{r:g}' for r in model.config.keep)}: {first['flops_of_dense']:.0%} of the dense "
+          f"FLOPs, {first['activations_mib']:.0f} MiB of activations a step")
     if not cfg.resume:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "train.json", asdict(cfg))
@@ -228,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
                 checkpoint(folder, model, optimizers, step + 1)
     steps = map(json.loads, (folder / "log.jsonl").read_text().splitlines()[1:])
     took = median(line["seconds"] for line in steps)
-    print(f"median step {1000 * took:.0f} ms, peak memory {peak_memory(device):.0f} MiB")
+    print(f"median step {1000 * took:.0f} ms")
     report(folder, model.eval(), tokenizer, source, cfg.streams)
 
 

@@ -62,7 +62,7 @@ def test_a_run_is_trained_evaluated_drawn_and_watched(tmp_path, capsys, monkeypa
     monkeypatch.chdir(tmp_path)
     train.main([*SMALL, "--plan", "all", "--keep", "0.5", "--out", "out/mine"])
     printed = capsys.readouterr().out
-    for words in ("keep ratios (0.5, 0.5, 0.5, 0.5)", "median step", "LM-PPL", "TimeDiff", "Fluency",
+    for words in ("keep 0.5, 0.5, 0.5, 0.5", "median step", "LM-PPL", "TimeDiff", "Fluency",
                   "LM-Correctness", "decisions right", "out/mine/routing.png"):
         assert words in printed
     assert max(len(line) for line in printed.splitlines() if " s  " not in line) <= 80

@@ -1,0 +1,87 @@
+"""The README, the docstrings and the line budgets say what is so."""
+
+import importlib
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+import mod
+import train
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BUDGETS = {"README.md": 260, "mod.py": 280, "model.py": 540, "data.py": 520, "train.py": 280, "eval.py": 540}
+MAP = re.findall(r"^\| ((?:Eq\.|Sections?|Table) [^,|]+), [^|]*\| `(\w+)\.(\w+)` \| `([\w/.]+)` \|$",
+                 README, re.M)
+
+
+def test_every_file_keeps_its_line_budget_and_its_width():
+    for name, most in BUDGETS.items():
+        lines = (ROOT / name).read_text().splitlines()
+        assert len(lines) <= most, f"{name} has {len(lines)} lines, its budget is {most}"
+        assert name.endswith(".md") or max(map(len, lines)) <= 110
+    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("tests/*.py")) <= 1800
+    assert {path.name for path in ROOT.glob("*.py")} == {name for name in BUDGETS if name.endswith(".py")}
+
+
+@pytest.mark.parametrize(("where", "module", "name", "test"), MAP)
+def test_each_row_of_the_paper_map_names_a_function_whose_docstring_says_so(where, module, name, test):
+    thing = getattr(importlib.import_module(module), name)
+    assert f"    {where} of VideoLLM-MoD" in (inspect.getdoc(thing) or "")
+    assert (ROOT / test).is_file()
+
+
+def test_each_equation_that_a_docstring_names_has_a_row():
+    assert len(MAP) >= 12
+    rows = {(where, module, name) for where, module, name, _ in MAP}
+    for module in ("mod", "model", "data", "eval", "train"):
+        for name, thing in inspect.getmembers(importlib.import_module(module)):
+            if getattr(thing, "__module__", None) == module:
+                for where in re.findall(r" {4}(.+) of VideoLLM-MoD", inspect.getdoc(thing) or ""):
+                    assert (where, module, name) in rows
+
+
+def test_every_name_command_and_flag_in_the_readme_exists():
+    for module, name in re.findall(r"`(mod|model|data|eval|train)\.(\w+)`", README):
+        assert name in ("py", "safetensors", "json") or hasattr(importlib.import_module(module), name)
+    for path in re.findall(r"`(tests/\w+\.py)`|\((assets/[\w.]+)\)", README):
+        assert (ROOT / "".join(path)).is_file()
+    configs = {"train.py": train.TrainConfig, "eval.py": evaluation.EvalConfig}
+    known = {f"--{f.name}" for config in configs.values() for f in fields(config)}
+    assert set(re.findall(r"`?(--\w+)", README)) <= known
+    for name, rest in re.findall(r"python (train\.py|eval\.py)([^\n`]*)", README):
+        assert set(re.findall(r"--\w+", rest)) <= {f"--{f.name}" for f in fields(configs[name])}
+    plans = README.split("| `--plan` |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`([\w-]+)`", plans)) == set(mod.PLACEMENTS)
+
+
+def test_ci_runs_the_readmes_own_test_command():
+    command = re.search(r"pip install (.*) && (python -m pytest)$", README, re.M)
+    assert f"{command[1]} && {command[2]}" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_flags_that_people_rely_on_keep_their_names():
+    flags = {f.name for f in fields(train.TrainConfig)}
+    assert flags >= {"out", "steps", "seed", "batch", "device", "preset", "plan", "keep", "router", "gate",
+                     "data", "task", "init", "resume", "compile"}
+    assert {f.name for f in fields(evaluation.EvalConfig)} >= {"run", "watch", "flops"}
+
+
+@pytest.mark.parametrize("main", [train.main, evaluation.main])
+def test_help_fits_a_terminal(main, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_the_modules_import_each_other_in_one_direction():
+    allowed = {"mod": set(), "data": set(), "model": {"mod"}, "eval": {"mod", "model", "data"},
+               "train": {"mod", "model", "data", "eval"}}
+    for name, others in allowed.items():
+        source = (ROOT / f"{name}.py").read_text()
+        assert set(re.findall(r"^(?:from|import) (mod|model|data|eval|train)\b", source, re.M)) <= others

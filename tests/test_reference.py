@@ -1,0 +1,105 @@
+"""The fast path is a slow loop written from the equation, token by token: the same values and gradients."""
+
+import math
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import SEEDS, integers, normal, watches
+
+from mod import Groups, capacity, random_score
+
+WEIGHT = {"sigmoid": lambda s: 1 / (1 + torch.exp(-s)), "linear": lambda s: s,
+          "unit": lambda s: 2 / (1 + torch.exp(-s))}
+
+
+def norm(layer, x):
+    return x / (x.square().mean() + layer.eps).sqrt() * layer.weight
+
+
+def turned(vector, position, theta):
+    """RoPE of one head of one token: the pair (i, i + d/2) turns by position * theta ** (-2i / d)"""
+    half = len(vector) // 2
+    angle = vector.new_tensor([position * theta ** (-i / half) for i in range(half)])
+    a, b = vector[:half], vector[half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()])
+
+
+def block_of(block, c, rows: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Rows by position -> the same after the block: each token sees itself and the earlier of those listed"""
+    a, d, shared = block.self_attn, c.head_dim, c.num_attention_heads // c.num_key_value_heads
+    keys, values, out = {}, {}, {}
+    for t, x in rows.items():
+        normed = norm(block.input_layernorm, x)
+        keys[t] = [turned(k, t, c.rope_theta) for k in (a.k_proj.weight @ normed).split(d)]
+        values[t] = (a.v_proj.weight @ normed).split(d)
+        heads = []
+        for h, q in enumerate((a.q_proj.weight @ normed).split(d)):
+            q, seen = turned(q, t, c.rope_theta), [j for j in rows if j <= t]
+            share = torch.stack([q @ keys[j][h // shared] / math.sqrt(d) for j in seen]).exp()
+            mixed = zip(share / share.sum(), seen, strict=True)
+            heads.append(sum(w * values[j][h // shared] for w, j in mixed))
+        x = x + a.o_proj.weight @ torch.cat(heads)
+        normed, m = norm(block.post_attention_layernorm, x), block.mlp
+        gate = m.gate_proj.weight @ normed
+        out[t] = x + m.down_proj.weight @ (gate / (1 + torch.exp(-gate)) * (m.up_proj.weight @ normed))
+    return out
+
+
+def scores_of(model, layer, x, tokens, seed):
+    """The scores of the tokens of one group: a list of tensors of one element"""
+    c, n = model.config, len(tokens)
+    if c.router == "learned" and c.keep[layer] > 0:
+        return [(model.routers[str(layer)].weight * x[t]).sum() for t in tokens]
+    if c.router == "random":
+        return [random_score(torch.tensor([[t]]), layer, torch.tensor([seed])) for t in tokens]
+    k = capacity(n, c.keep[layer])
+    return [torch.tensor(i in [math.ceil(m * n / k) for m in range(k)]).int() for i in range(n)]
+
+
+def reference(model, tokens, frames, group, seed):
+    """One stream, its tokens and their groups as lists -> hidden states and the kept tokens of each layer"""
+    c = model.config
+    pixels, encode, project = frames.double() / 127.5 - 1, model.vision_model, model.multi_modal_projector
+    vision = iter([row for frame in pixels for row in project(encode(frame[None]))[0]])
+    x = [next(vision) if t < 0 else model.embed_tokens.weight[t] for t in tokens]
+    kept_in = []
+    for layer, (block, r) in enumerate(zip(model.layers, c.keep, strict=True)):
+        weight = {t: 1.0 for t, g in enumerate(group) if g < 0 or r == 1}
+        for g in set(group) - {-1} if r < 1 else ():
+            members = [t for t, other in enumerate(group) if other == g]
+            score = scores_of(model, layer, x, members, seed)
+            order = sorted(range(len(members)), key=lambda i: (-score[i].item(), i))
+            for i in order[: capacity(len(members), r)]:
+                weight[members[i]] = WEIGHT[c.gate](score[i]) if c.router == "learned" else 1.0
+        update = block_of(block, c, {t: x[t] for t in sorted(weight)})
+        x = [x[t] + weight[t] * (update[t] - x[t]) if t in weight else x[t] for t in range(len(x))]
+        kept_in.append([t in weight for t in range(len(x))])
+    return torch.stack(x), kept_in
+
+
+@settings(max_examples=40)
+@given(watches(max_streams=2, max_chunks=2), SEEDS, st.booleans())
+def test_the_fast_path_is_the_slow_loop_in_value_and_in_gradient(watch, seed, mixed):
+    model, batch = watch.model.requires_grad_(True), watch.whole()
+    if mixed:  # as gamma-MoD does: text and vision in groups of any tokens, whatever their order
+        real = batch.groups.real.cpu()
+        groups = Groups.plan(integers(seed, -1, 3, *real.shape).where(real, -1), model.config.keep, real)
+        batch = batch._replace(groups=groups.to(batch.tokens.device))
+    fast, loss, expected = model(*batch), 0, 0
+    probe = normal(seed, *fast.hidden.shape).to(fast.hidden)
+    for b, units in enumerate(watch.streams()):
+        n, F = int(batch.groups.real[b].sum()), sum(len(u.pixels) for u in units)
+        if n == 0:
+            continue
+        tokens, group = batch.tokens[b, :n].tolist(), batch.groups.id[b, :n].tolist()
+        hidden, kept = reference(model, tokens, batch.frames[b, :F], group, int(watch.seed[b]))
+        torch.testing.assert_close(fast.hidden[b, :n], hidden, rtol=1e-9, atol=1e-9)
+        for layer, keep in fast.keep.items():
+            assert keep[b, :n].tolist() == kept[layer]
+        loss, expected = loss + (fast.hidden * probe)[b, :n].sum(), expected + (hidden * probe[b, :n]).sum()
+    parameters = list(model.parameters())
+    fast, slow = (torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+                  for value in (loss, expected))
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,87 @@
+"""Of each group exactly its capacity is kept: the best, ties to the earlier; and all text, never padding."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import SEEDS, Routing, integers, routings
+
+import mod
+from mod import Groups, capacity, random_score, uniform_score
+
+
+def keep_of(case: Routing) -> torch.Tensor:
+    return mod.select(case.score.to(case.device), case.groups(), case.r).cpu()
+
+
+@given(routings())
+def test_select_keeps_what_a_slow_loop_keeps(case):
+    for b, row in enumerate(keep_of(case).tolist()):
+        id, score, real = case.id[b].tolist(), case.score[b].tolist(), case.real[b].tolist()
+        chosen = {t for t, g in enumerate(id) if g < 0 and real[t]}
+        for group in set(id) - {-1}:
+            tokens = [t for t, g in enumerate(id) if g == group]
+            chosen |= set(sorted(tokens, key=lambda t: (-score[t], t))[: capacity(len(tokens), case.r)])
+        assert [t for t, kept in enumerate(row) if kept] == sorted(chosen)
+
+
+@given(routings(), st.sampled_from([torch.exp, torch.atan, lambda s: 1e6 * s - 3]))
+def test_only_the_order_of_the_scores_matters(case, increasing):
+    assert torch.equal(keep_of(case), keep_of(case._replace(score=increasing(case.score))))
+
+
+@given(routings())
+def test_batch_neighbours_and_padding_change_nothing(case):
+    keep = keep_of(case)
+    assert not (keep & ~case.real).any()
+    for b, n in enumerate(case.real.sum(1).tolist()):
+        alone = case._replace(id=case.id[b : b + 1, :n], real=None, score=case.score[b : b + 1, :n])
+        assert n == 0 or torch.equal(keep[b, :n], keep_of(alone)[0])
+
+
+@given(routings(), st.integers(1, 9), st.integers(0, 99))
+def test_group_numbers_are_only_names(case, factor, offset):
+    names = case.id * factor + offset * torch.arange(len(case.id))[:, None]  # others in each stream
+    renamed = torch.where(case.id >= 0, names, -1)
+    assert torch.equal(keep_of(case), keep_of(case._replace(id=renamed)))
+
+
+def test_a_batch_may_have_more_groups_than_a_stream_has_tokens():
+    groups = Groups.plan(torch.arange(8).view(4, 2), (0.5,))
+    assert groups.size.tolist() == [[1, 1]] * 4 and groups.before.tolist() == [[0, 1]] * 4
+
+
+@given(routings(), SEEDS, st.integers(0, 3))
+def test_no_later_group_decides_what_an_earlier_one_keeps(case, seed, first):
+    later = case.id >= first
+    changed = torch.where(later, integers(seed, -2, 3, *case.id.shape).double(), case.score)
+    keep, other = keep_of(case), keep_of(case._replace(score=changed))
+    assert torch.equal(keep[~later], other[~later])
+
+
+@given(routings(), SEEDS, st.integers(0, 40), st.integers(0, 31))
+def test_a_token_draws_the_same_score_in_any_chunk_of_any_batch(case, seed, cut, layer):
+    seeds = integers(seed, 0, 2**40, len(case.id))
+    position = torch.arange(case.id.shape[1]).expand_as(case.id)
+    whole = random_score(position, layer, seeds)
+    assert torch.equal(whole[:, cut:], random_score(position[:, cut:], layer, seeds))
+    assert torch.equal(whole[-1:], random_score(position[-1:], layer, seeds[-1:]))
+
+
+def test_random_scores_are_spread_evenly_and_differ_between_streams_layers_and_positions():
+    position = torch.arange(10_000).expand(3, -1)
+    seeds = torch.tensor([5, 6, 2**40])
+    draws = torch.cat([random_score(position, layer, seeds) for layer in (0, 1, 31)])  # (9, 10000)
+    assert draws.min() >= 0 and draws.max() <= 1
+    for row in draws:
+        assert (torch.histc(row, 10, 0, 1) - 1000).abs().max() < 150  # 5 standard deviations
+        assert row.unique().numel() > 9_990
+    shifted = torch.cat([draws[:, :-1], draws[:1, 1:]])  # a draw says nothing of the next one
+    assert (torch.corrcoef(shifted) - torch.eye(10)).abs().max() < 0.05
+
+
+@given(st.integers(1, 80), st.floats(0.01, 1))
+def test_uniform_scores_keep_exactly_k_evenly_spaced_tokens_and_the_first(n, r):
+    groups, k = Groups.plan(torch.zeros(1, n, dtype=torch.int64), (r,)), capacity(n, r)
+    kept = mod.select(uniform_score(groups, r), groups, r)[0].nonzero()[:, 0].tolist()
+    gaps = [b - a for a, b in zip(kept, [*kept[1:], kept[0] + n], strict=True)]
+    assert len(kept) == k and kept[0] == 0 and max(gaps) - min(gaps) <= 1
