@@ -232,9 +232,11 @@ def read_conversations(path: Path) -> Iterator[tuple[int, str, list[dict]]]:
     """
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         where = f"{path}, line {number}:"
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} must be JSON, got {line[:60]!r} ({error})") from None
         entry = entry if isinstance(entry, dict) else {}
         video, turns = entry.get("video"), entry.get("conversation")
@@ -244,7 +246,7 @@ def read_conversations(path: Path) -> Iterator[tuple[int, str, list[dict]]]:
             raise ValueError(f"{where} conversation must be a list of turns, got {turns!r}")
         for turn in turns:
             time, role, content = (turn.get(key) for key in ("time", "role", "content"))
-            if isinstance(time, bool) or not isinstance(time, int | float) or not 0 <= time < math.inf:
+            if isinstance(time, bool) or not isinstance(time, int | float) or not 0 <= time < 1e9:
                 raise ValueError(f"{where} time must be a number of seconds, at least 0, got {time!r}")
             if role not in ("user", "assistant"):
                 raise ValueError(f"{where} role must be user or assistant, got {role!r}")

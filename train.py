@@ -222,8 +222,8 @@ def main(argv: list[str] | None = None) -> None:
 
     first = first_line(cfg, model, batch(0))
     print(f"{folder}: {first['parameters']:,} parameters on {device}\n"
-          f"keep {', '.join(f'{r:g}' for r in model.config.keep)}: {first['flops_of_dense']:.0%} of the dense "
-          f"FLOPs, {first['activations_mib']:.0f} MiB of activations a step")
+          f"keep {', '.join(f'{r:g}' for r in model.config.keep)}: {first['flops_of_dense']:.0%} of the "
+          f"dense FLOPs, {first['activations_mib']:.0f} MiB of activations a step")
     if not cfg.resume:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "train.json", asdict(cfg))

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -57,6 +58,19 @@ def test_every_name_command_and_flag_in_the_readme_exists():
         assert set(re.findall(r"--\w+", rest)) <= {f"--{f.name}" for f in fields(configs[name])}
     plans = README.split("| `--plan` |")[1].split("\n\n")[0]
     assert set(re.findall(r"`([\w-]+)`", plans)) == set(mod.PLACEMENTS)
+
+
+def test_the_result_table_is_that_of_the_json():
+    rows = json.loads((ROOT / "results" / "narration.json").read_text())
+    table = re.findall(r"^\| `(\S+)` \| (\d) \| (.+) \|$", README, re.M)
+    assert [(row["plan"], str(row["seed"])) for row in rows] == [(plan, seed) for plan, seed, _ in table]
+    for row, (_, _, cells) in zip(rows, table, strict=True):
+        forced, free = row["teacher_forced"], row["free_running"]
+        shares = [forced["decision_accuracy"], forced["reply_accuracy"], free["said_right"]]
+        assert cells.split(" | ") == [*(f"{100 * share:.1f} %" for share in shares), f"{free['lm_ppl']:.3f}",
+                                      f"{free['time_diff']:.3f} s", f"{100 * free['fluency']:.1f} %",
+                                      f"{100 * free['lm_correctness']:.1f} %",
+                                      f"{1000 * row['median_step_seconds']:.0f} ms"]
 
 
 def test_ci_runs_the_readmes_own_test_command():
