@@ -49,10 +49,10 @@ class Tokenizer:
         return len(self.pieces)
 
     def encode(self, text: str) -> list[int]:
-        return [self.ids[piece] for piece in self.split.findall(text.encode())]
+        return [self.ids[piece] for piece in self.split.findall(text.encode(errors="surrogateescape"))]
 
     def decode(self, ids: list[int]) -> str:
-        return b"".join(self.pieces[i] for i in ids).decode(errors="replace")
+        return b"".join(self.pieces[i] for i in ids).decode(errors="surrogateescape")
 
 
 # --- the sequence -------------------------------------------------------------------------------------------
@@ -107,11 +107,11 @@ def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tok
         for turn in turns:
             if turn.role == "user" and turn.frame == frame:
                 add(user_turn(tokenizer, turn.text))
-        said = next((turn.text for turn in turns if turn.role == "assistant" and turn.frame == frame), "")
+        said = [t.text for t in turns if t.role == "assistant" and t.frame == frame]  # at most one
         decision = ASSISTANT if said else SILENT
         add(frame_turn(tokens_per_frame), frame, [-100] * tokens_per_frame + [decision])
         if said:
-            reply = reply_turn(tokenizer, said)
+            reply = reply_turn(tokenizer, said[0])
             add(reply, targets=[*reply[1:], -100])
     return [tokens, group, labels]
 
@@ -198,7 +198,7 @@ def read_video(path: Path, fps: float, size: int, partial: bool = False) -> Iter
     shape = f"scale={size}:{size}:force_original_aspect_ratio=decrease,pad={size}:{size}:-1:-1"
     command = [program, "-nostdin", "-v", "error", *([] if partial else ["-xerror"]),
                "-protocol_whitelist", "file", "-format_whitelist", CONTAINERS, "-i", f"file:{path}",
-               "-map", "0:v:0", "-vf", f"fps={fps}:round=up,{shape}",
+               "-map", "0:v:0", "-vf", f"fps={float(fps)}:round=up,{shape}",
                "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     complaints: deque[bytes] = deque(maxlen=1)
@@ -211,6 +211,7 @@ def read_video(path: Path, fps: float, size: int, partial: bool = False) -> Iter
             yield np.frombuffer(frame, np.uint8).reshape(size, size, 3)
         failed = process.wait() != 0
         listener.join()
+        failed |= bool(complaints)  # ffmpeg can report damage and yet exit with 0
         why = complaints[0].decode(errors="replace").strip() if complaints else "the file ends early"
         if not count:
             raise ValueError(f"{path} must be a video, got no frame from it: {why}")
@@ -243,15 +244,15 @@ def read_conversations(path: Path) -> Iterator[tuple[int, str, list[dict]]]:
         if not isinstance(video, str) or Path(video).is_absolute() or ".." in Path(video).parts:
             raise ValueError(f"{where} video must name a file inside {path.parent}, got {video!r}")
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise ValueError(f"{where} conversation must be a list of turns, got {turns!r}")
+            raise ValueError(f"{where} conversation must be a list of turns, got {str(turns)[:60]}")
         for turn in turns:
             time, role, content = (turn.get(key) for key in ("time", "role", "content"))
             if isinstance(time, bool) or not isinstance(time, int | float) or not 0 <= time < 1e9:
-                raise ValueError(f"{where} time must be a number of seconds, at least 0, got {time!r}")
+                raise ValueError(f"{where} time must be a number from 0 to 1e9, got {repr(time)[:60]}")
             if role not in ("user", "assistant"):
                 raise ValueError(f"{where} role must be user or assistant, got {role!r}")
-            if not isinstance(content, str) or not content.strip():
-                raise ValueError(f"{where} content must be text, got {content!r}")
+            if not isinstance(content, str) or not content.strip() or re.search("[\ud800-\udfff]", content):
+                raise ValueError(f"{where} content must be text, got {str(content)[:60]!r}")
         yield number, video, turns
 
 
@@ -274,8 +275,8 @@ class Folder:
                     said.setdefault((at, turn["role"]), []).append(turn["content"])
                 joined = [Turn(*key, " ".join(texts)) for key, texts in said.items()]
                 self.samples.append(Sample(frames, joined, len(self.samples)))
-        if not self.samples:
-            raise ValueError(f"{folder} must hold clips and a .jsonl file with their conversations, got none")
+        if not any(turn.role == "assistant" for sample in self.samples for turn in sample.turns):
+            raise ValueError(f"{folder} must hold clips and a .jsonl file with replies to learn, got none")
 
     def batch(self, seed: int, step: int, count: int, rank: int = 0) -> list[Sample]:
         """At most `count` clips, none of them twice."""
@@ -290,8 +291,14 @@ Source = World | Folder
 TASKS = {"narration": World}
 
 
+def check_fps(fps: float) -> None:
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= 120:
+        raise ValueError(f"fps must be a number above 0 and at most 120, got {fps!r}")
+
+
 def open_source(task: str, data: str, fps: float, partial: bool, size: int) -> Source:
     """Where streams come from: the embedded world of a task, or a folder of clips if one is named."""
+    check_fps(fps)
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task}")
     return Folder(Path(data), size, fps, partial) if data else TASKS[task](size)

@@ -5,6 +5,7 @@
     python eval.py --flops            the paper's costs, and those of this code
 """
 
+import contextlib
 import json
 import math
 import struct
@@ -24,7 +25,7 @@ from torch import Tensor
 import data
 from data import Sample, Tokenizer, Turn
 from mod import Groups, computed, flops, placement
-from model import Cache, VideoLM, load, opt, parse, preset, run, write, write_json
+from model import Cache, VideoLM, load, opt, parse, preset, printable, run, write, write_json
 
 # --- the four metrics of VideoLLM-online --------------------------------------------------------------------
 
@@ -131,7 +132,8 @@ def gather_evidence(model: VideoLM, tokenizer: Tokenizer, truth: list[Sample], h
     """Score every reply of every stream -> the evidence of its turns, and all its decisions.
 
     heard: the same streams with the replies that the model has in its context: the true ones (teacher-forced)
-    or its own (free-running). The true reply is then scored after what was heard until its frame.
+    or its own (free-running). The true reply is then scored after what was heard until its frame. Turns end
+    at the true replies either way: free-running, a late reply is also a premature one of the next turn.
     """
     spoke = [reading.spoke for reading in read(model, tokenizer, heard, threshold)]
     turns = []  # (stream, first frame, reply, frames that may follow: at most the next turn's, and n - 1)
@@ -156,11 +158,11 @@ def gather_evidence(model: VideoLM, tokenizer: Tokenizer, truth: list[Sample], h
 
 
 def evaluate(model: VideoLM, tokenizer: Tokenizer, truth: list[Sample], fps: float,
-             threshold: float = 0.0) -> dict:
-    """Score streams both ways -> {"streams": number, "teacher_forced": {...}, "free_running": {...}}"""
+             threshold: float = 0.0) -> tuple[dict, list[Sample]]:
+    """Score streams both ways -> {"teacher_forced": {...}, "free_running": {...}, ...}, and what was said"""
     own = [s._replace(turns=[turn for turn in s.turns if turn.role == "user"] + said)
            for s, said in zip(truth, free_run(model, tokenizer, truth, threshold), strict=True)]
-    result: dict = {"streams": len(truth)}
+    result: dict = {"streams": len(truth), "threshold": threshold}
     for name, heard in (("teacher_forced", truth), ("free_running", own)):
         evidence, spoke = gather_evidence(model, tokenizer, truth, heard, threshold)
         result[name] = summarise(evidence, fps)
@@ -171,7 +173,7 @@ def evaluate(model: VideoLM, tokenizer: Tokenizer, truth: list[Sample], fps: flo
                   for streams in (own, truth))
     result["free_running"] |= {"said_right": len(said & true) / len(true),
                                "said_wrong": len(said - true) / len(true)}
-    return result
+    return result, own
 
 
 # --- watching a stream --------------------------------------------------------------------------------------
@@ -184,7 +186,7 @@ class Watcher:
     """
 
     def __init__(self, model: VideoLM, tokenizer: Tokenizer, seed: Tensor, threshold: float = 0.0,
-                 window: int | None = None, limit: int = 100) -> None:
+                 window: int | None = None, limit: int = 200) -> None:
         self.model, self.tokenizer, self.threshold, self.limit = model, tokenizer, threshold, limit
         self.device, self.streams, self.frame = model.lm_head.weight.device, len(seed), 0
         self.seed, self.cache = seed.to(self.device), Cache(model.config, len(seed), window, self.device)
@@ -252,7 +254,7 @@ def narrate(watcher: Watcher, frames: Iterator[np.ndarray], fps: float, query: s
     for count, frame in enumerate(frames, 1):
         text = watcher.watch(torch.from_numpy(frame.copy()).permute(2, 0, 1)[None])[0]
         if text is not None:
-            print(f"{(count - 1) / fps:7.1f} s  {printable(text)}", flush=True)
+            print(printable(f"{(count - 1) / fps:7.1f} s  {text}"), flush=True)
         if (count - 1) % every == 0:
             shown.append((frame, {layer: keep[0] for layer, keep in watcher.kept.items()}))
         if len(shown) > 12:  # every second one stays: the picture spans the stream, however long it is
@@ -265,11 +267,6 @@ def narrate(watcher: Watcher, frames: Iterator[np.ndarray], fps: float, query: s
 
 
 # --- pictures and tables ------------------------------------------------------------------------------------
-
-
-def printable(text: str) -> str:
-    """A model can say any bytes; a terminal must not obey them."""
-    return "".join(c if c.isprintable() else "\N{MIDDLE DOT}" for c in text)
 
 
 def picture(path: Path, frames: list[np.ndarray], kept: list[dict[int, Tensor]]) -> None:
@@ -325,17 +322,16 @@ def report(folder: Path, model: VideoLM, tokenizer: Tokenizer, source: data.Sour
            threshold: float = 0.0) -> None:
     """Evaluate a run, print it with one stream as narrated; eval.json and routing.png go into its folder."""
     samples = source.held_out(streams)
-    result = evaluate(model, tokenizer, samples, source.fps, threshold)
+    result, own = evaluate(model, tokenizer, samples, source.fps, threshold)
     print(f"{folder}: {len(samples)} {source.kind}\n{'':24}teacher-forced  free-running")
     for title, name, form in METRICS:
         cells = [form.format(result[way][name]) if name in result[way] else ""
                  for way in ("teacher_forced", "free_running")]
         print(f"  {title:20}{cells[0]:>16}{cells[1]:>14}")
-    said = {turn.frame: turn.text for turn in free_run(model, tokenizer, samples[:1], threshold)[0]}
     print("the first of them as narrated, free-running (<- the truth, where it differs):")
     for f in range(len(samples[0].frames)):
-        mine, true = said.get(f, "(silent)"), replies(samples[0]).get(f, "(silent)")
-        print(f"  {f / source.fps:5.1f} s  {printable(mine)}" + ("" if mine == true else f"   <- {true}"))
+        mine, true = (replies(streams[0]).get(f, "(silent)") for streams in (own, samples))
+        print(printable(f"  {f / source.fps:5.1f} s  {mine}" + ("" if mine == true else f"   <- {true}")))
     write_json(folder / "eval.json", result)
     draw_routing(model, tokenizer, samples[0], folder / "routing.png")
     print(f"its routing is drawn in {folder / 'routing.png'}")
@@ -369,13 +365,14 @@ def print_cost() -> None:
     print("Llama-3-8B, 600 frames x 10 tokens, one forward pass in teraMACs (1 MAC = 2 FLOPs)")
     print(f"{'placement':18}{'keep':>4}{'paper':>8}{'formula':>9}{'computed here':>15}"
           f"{'of dense':>10}{'KV KiB/frame':>14}")
-    dense = paper_cost("dense", 1.0)[1]
+    dense, encoder = paper_cost("dense", 1.0)[1], flops(preset("llama3-8b"), [], frames=600)["vision"] / 1e12
     for name, plan, ratio, paper in PAPER:
         formula, here, kv = paper_cost(plan, ratio)
         print(f"{name:18}{ratio:4.1f}{paper:8.2f}{formula:9.2f}{here:15.2f}"
               f"{here / dense:10.1%}{kv / 1024:14.0f}")
     print("formula: as the paper counts (unmerged LoRA, lm_head over vision tokens, no attention).\n"
-          "computed here: attention counted, lm_head only over text, no LoRA, one <frame> token a frame.")
+          "computed here: attention counted, lm_head only over text, no LoRA, one <frame> token a frame;\n"
+          f"not the encoder, {encoder:.1f} T in every row.")
 
 
 # --- command line -------------------------------------------------------------------------------------------
@@ -388,9 +385,9 @@ class EvalConfig:
     flops: bool = opt(False, "print the paper's cost table instead")
     streams: int = opt(64, "held-out streams to evaluate on")
     threshold: float = opt(0.0, "speak where silence is less likely than this (theta of VideoLLM-online)")
-    query: str = opt(data.QUERY, "what to ask before the first frame of --watch")
-    window: int = opt(0, "frames that --watch remembers, 0: all")
-    partial: bool = opt(False, "use what can be decoded of a damaged video")
+    query: str = opt(data.QUERY, "with --watch: what to ask before the first frame")
+    window: int = opt(0, "with --watch: frames to remember, 0: all")
+    partial: bool = opt(False, "with --watch: use what can be decoded of a damaged video")
     device: str = opt("", "cpu or cuda (default: cuda where there is one)")
 
     def __post_init__(self) -> None:
@@ -414,28 +411,31 @@ def newest_run() -> Path:
     return runs[-1].parent
 
 
-def read_settings(file: Path, keys: tuple[str, ...] = ("task", "data", "fps", "partial")) -> dict:
+def read_settings(file: Path) -> dict:
     """What a run was trained on. Raises ValueError, naming the file, where it does not say."""
+    keys = {"task": str, "data": str, "fps": float, "partial": bool}
     try:
         values = json.loads(file.read_text())
-        return {key: values[key] for key in keys}
+        data.check_fps(values["fps"])
+        return {key: kind(values[key]) for key, kind in keys.items()}
     except (OSError, ValueError, TypeError, KeyError) as error:
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"{file} must be JSON with {', '.join(keys)}, got {why}") from None
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(EvalConfig, argv, __doc__)
+    cfg, _ = parse(EvalConfig, argv, __doc__)
     if cfg.flops:
         return print_cost()
     folder = Path(cfg.run) if cfg.run else newest_run()
     model, tokenizer = load(folder, pick_device(cfg.device)).eval(), Tokenizer()
     trained = read_settings(folder / "train.json")
     if cfg.watch:
-        frames = data.read_video(Path(cfg.watch), trained["fps"], model.config.image_size, cfg.partial)
         seed = torch.zeros(1, dtype=torch.int64)
         watcher = Watcher(model, tokenizer, seed, cfg.threshold, cfg.window or None)
-        return narrate(watcher, frames, trained["fps"], cfg.query, folder / "watch.png")
+        video = data.read_video(Path(cfg.watch), trained["fps"], model.config.image_size, cfg.partial)
+        with contextlib.closing(video) as frames:  # also where the watching is broken off
+            return narrate(watcher, frames, trained["fps"], cfg.query, folder / "watch.png")
     source = data.open_source(**trained, size=model.config.image_size)
     report(folder, model, tokenizer, source, cfg.streams, cfg.threshold)
 

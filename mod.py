@@ -16,7 +16,7 @@ group are always computed. VideoLLM-MoD (arXiv 2408.16730): the vision tokens of
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -110,7 +110,7 @@ class Groups:
         return cls(id, real, size, index, before, quota, width)
 
     def to(self, device: torch.device) -> "Groups":
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self)[:5]}
+        tensors = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, **tensors, quota={r: k.to(device) for r, k in self.quota.items()})
 
 

@@ -52,13 +52,15 @@ class Config:
     gate: str = "sigmoid"
 
     def __post_init__(self):
-        check_numbers(self)
+        check_fields(self)
         for name, part in (("image_size", "patch_size"), ("vision_hidden_size", "vision_heads"),
                            ("num_attention_heads", "num_key_value_heads")):
             if getattr(self, name) % getattr(self, part):
                 raise ValueError(f"{name} must be a multiple of {part}, got {getattr(self, name)}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}")
+        if self.pool > self.image_size // self.patch_size:
+            raise ValueError(f"pool must be at most the patches of a side, got {self.pool}")
         if len(self.keep) != self.num_hidden_layers:
             raise ValueError(f"keep must have one ratio a layer, got {self.keep}")
         for ratio in self.keep:
@@ -72,14 +74,15 @@ class Config:
         return 1 + self.pool**2
 
 
-def check_numbers(config: object) -> None:
+def check_fields(config: object, may_be_zero: tuple[str, ...] = ()) -> None:
     """Raises ValueError unless each field is of the type of its default, and each number above 0."""
     for f in fields(config):
         value, kind = getattr(config, f.name), type(f.default)
         if not isinstance(value, (int, float) if kind is float else kind):
             raise ValueError(f"{f.name} must be of type {kind.__name__}, got {value!r}")
-        if kind in (int, float) and not 0 < value < 2**31:
-            raise ValueError(f"{f.name} must be above 0 and below 2**31, got {value}")
+        if kind in (int, float) and not (0 < value < 2**31 or (value == 0 and f.name in may_be_zero)):
+            least = "at least" if f.name in may_be_zero else "above"
+            raise ValueError(f"{f.name} must be {least} 0 and below 2**31, got {value}")
 
 
 LARGE = Config(  # what the 7B models share: 32 layers of width 4096 and a ViT-L
@@ -87,10 +90,10 @@ LARGE = Config(  # what the 7B models share: 32 layers of width 4096 and a ViT-L
     vision_hidden_size=1024, vision_intermediate_size=4096, vision_layers=24, vision_heads=16)
 PRESETS = {
     "tiny": Config(),
-    "llama3-8b": replace(  # the decoder and the SigLIP-L/16 of VideoLLM-MoD, 10 tokens a frame
+    "llama3-8b": replace(  # VideoLLM-MoD: its decoder, an encoder as large as SigLIP-L/16, 1 + 3 x 3 tokens
         LARGE, intermediate_size=14336, num_key_value_heads=8, vocab_size=128256, rope_theta=500000.0,
         image_size=384, patch_size=16, pool=3),
-    "vicuna-7b": replace(  # the decoder of gamma-MoD and the CLIP-L/14 of LLaVA-1.5, all 576 patches
+    "vicuna-7b": replace(  # gamma-MoD: its decoder, an encoder as large as CLIP-L/14, CLS and 576 patches
         LARGE, intermediate_size=11008, num_key_value_heads=32, vocab_size=32000,
         image_size=336, patch_size=14, pool=24),
 }
@@ -343,13 +346,15 @@ def initialise(model: VideoLM, seed: int) -> VideoLM:
 class Cache:
     """Keys and values of B streams. Each layer holds only the tokens that it computed.
 
-    A position comes from one counter a stream, never from the length of a layer, and stays with its token. So
-    one rule serves full, routed and evicted layers and streams of any length: a query sees what is not later.
+    Where streams differ in how many those are, the rest is rows of position PADDING. A position comes from
+    one counter a stream, never from the length of a layer, and stays with its token. So one rule serves full,
+    routed and evicted layers and streams of any length: a query sees what is not later.
     Within a stream, group ids must grow from chunk to chunk.
     window: None, or W: the first text stays, and the last W frames, each with the text that follows it
     """
 
-    def __init__(self, config: Config, streams: int = 1, window: int | None = None, device: str = "cpu"):
+    def __init__(self, config: Config, streams: int = 1, window: int | None = None,
+                 device: torch.device | str = "cpu"):
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1 frame, got {window}")
         self.rows: list[tuple[Tensor, ...]] = [()] * config.num_hidden_layers  # k, v, position; room for more
@@ -437,7 +442,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> VideoLM:
     with torch.device("meta"):
         model = VideoLM(config)
     wanted = {name: list(t.shape) for name, t in model.state_dict().items()}
-    found = {name: list(t.shape) for name, t in weights.items()}
+    found = {name: list(t.shape) if t.is_floating_point() else t.dtype for name, t in weights.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise ValueError(f"{folder / 'model.safetensors'} must fit {file.name}: {name} must be "
@@ -466,8 +471,11 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def parse(cls: type, argv: list[str] | None, doc: str) -> object:
-    """One flag per field of a dataclass -> an instance of it. Raises ValueError as its __post_init__ does."""
+def parse(cls: type, argv: list[str] | None, doc: str) -> tuple[object, set[str]]:
+    """One flag per field of a dataclass -> an instance of it, and the names of the fields that were given.
+
+    Raises ValueError for what is no flag or no value of one, and as the dataclass does.
+    """
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=doc, allow_abbrev=False, formatter_class=formatter)
     for f in fields(cls):
@@ -475,8 +483,15 @@ def parse(cls: type, argv: list[str] | None, doc: str) -> object:
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         how |= {"nargs": "?"} if positional else {}
         text = f.metadata["help"] + ("" if f.default in ("", False) else f" (default: {f.default})")
-        parser.add_argument(f.name if positional else f"--{f.name}", default=f.default, help=text, **how)
-    return cls(**vars(parser.parse_args(argv)))
+        name = f.name if positional else f"--{f.name}"
+        parser.add_argument(name, default=argparse.SUPPRESS, help=text, **how)
+    given = vars(parser.parse_args(argv))
+    return cls(**given), set(given)
+
+
+def printable(text: str) -> str:
+    """Models and files can say any bytes; a terminal must not obey them."""
+    return "".join(c if c.isprintable() else "\N{MIDDLE DOT}" for c in text)
 
 
 def run(main: Callable[[list[str] | None], None]) -> None:
@@ -484,5 +499,7 @@ def run(main: Callable[[list[str] | None], None]) -> None:
     try:
         main(None)
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(printable(f"{Path(sys.argv[0]).name}: error: {error}"), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

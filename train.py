@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -27,21 +27,21 @@ import data
 import model as models
 from data import Tokenizer
 from eval import pick_device, report
-from mod import GATES, PLACEMENTS, Groups, flops, placement
-from model import VideoLM, opt, streaming_loss, write, write_json
+from mod import GATES, PLACEMENTS, Groups, check_keep_ratio, flops, placement
+from model import VideoLM, check_fields, opt, streaming_loss, write, write_json
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    out: str = opt("", "run folder (default: out/TASK-PLAN-KEEP-seedN)")
+    out: str = opt("", "run folder (default: out/ and a name made of the settings)")
     steps: int = opt(400, "optimizer steps")
     batch: int = opt(16, "streams a step")
     seed: int = opt(0, "of the weights and of the batches")
-    task: str = opt("narration", "what happens in the embedded world")
+    task: str = opt("narration", f"what happens in the embedded world: {', '.join(data.TASKS)}")
     data: str = opt("", "folder of clips and .jsonl conversations to learn instead")
     fps: float = opt(2.0, "frames a second to read of clips")
     partial: bool = opt(False, "use what can be decoded of damaged clips")
-    preset: str = opt("tiny", "sizes of the model")
+    preset: str = opt("tiny", f"sizes of the model: {', '.join(models.PRESETS)}")
     init: str = opt("", "run folder whose weights to start from, instead of a preset")
     plan: str = opt("interleaved", f"which layers are routed: {', '.join(PLACEMENTS)}")
     keep: float = opt(0.2, "keep ratio r of the routed layers")
@@ -59,17 +59,17 @@ class TrainConfig:
     resume: bool = opt(False, "go on with the run in --out")
 
     def __post_init__(self):
-        for name in ("steps", "batch", "save_every", "streams", "fps", "muon_lr", "adam_lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("seed", "warmup", "sigma"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_keep_ratio(self.keep)
+        check_fields(self, may_be_zero=("seed", "keep", "warmup", "sigma"))
+        data.check_fps(self.fps)
 
     @property
     def folder(self) -> Path:
-        ratio = "" if self.plan == "dense" else f"-{self.keep:g}"
-        return Path(self.out or f"out/{Path(self.data).name or self.task}-{self.plan}{ratio}-seed{self.seed}")
+        """`--out`, or out/ and what tells a run from the default one, so that comparisons do not collide."""
+        routed = [f"{self.keep:g}"] if self.plan not in ("dense", "early-exit", "layer-skip") else []
+        other = [value for value in (self.router, self.gate) if value not in ("learned", "sigmoid")]
+        name = [Path(self.data).name or self.task, self.plan, *routed, *other, f"seed{self.seed}"]
+        return Path(self.out or f"out/{'-'.join(name)}")
 
 
 def build(cfg: TrainConfig, tokenizer: Tokenizer) -> VideoLM:
@@ -139,38 +139,40 @@ def checkpoint(folder: Path, model: VideoLM, optimizers: list, step: int) -> Non
             old.unlink()
 
 
-def resume(folder: Path, model: VideoLM, optimizers: list) -> int:
-    """Load the last checkpoint and drop the log lines after it -> the number of steps already taken"""
-    weights, step = models.read_weights(folder / "model.safetensors")
-    model.load_state_dict(weights)
-    values: list[dict] = [{} for _ in optimizers]
-    for name, t in models.read_weights(folder / f"optimizer-{step}.safetensors")[0].items():
-        i, n, key = name.split(".")
-        values[int(i)].setdefault(int(n), {})[key] = t
-    for optimizer, state in zip(optimizers, values, strict=True):
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+def resume(folder: Path, optimizers: list) -> int:
+    """Load the last optimizer state, drop the log lines after it -> the number of steps already taken"""
+    step = models.read_weights(folder / "model.safetensors")[1]
+    file, values = folder / f"optimizer-{step}.safetensors", [{} for _ in optimizers]
+    try:
+        for name, t in models.read_weights(file)[0].items():
+            i, n, key = name.split(".")
+            values[int(i)].setdefault(int(n), {})[key] = t
+        for optimizer, state in zip(optimizers, values, strict=True):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{file} must hold the optimizer state of step {step}: {error}") from None
     lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines[: step + 1] if line.endswith("\n")]  # the first line is not a step
     write(folder / "log.jsonl", lambda path: path.write_text("".join(kept)))
     return step
 
 
-def settings(cfg: TrainConfig) -> TrainConfig:
+def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
     """The settings of this run; with --resume those it began with. Raises ValueError if the given clash."""
     file = cfg.folder / "train.json"
     if not cfg.resume:
         if (cfg.folder / "model.safetensors").exists():
             raise ValueError(f"out must be a new folder, got the run {cfg.folder} (--resume goes on)")
-        return cfg
+        return replace(cfg, data=cfg.data and str(Path(cfg.data).resolve()))
     try:
         began = TrainConfig(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{file} must hold the settings of the run to resume: {error}") from None
     free = {"out": cfg.out, "device": cfg.device, "compile": cfg.compile, "resume": True}
-    for f in fields(cfg):
-        given, was = getattr(cfg, f.name), getattr(began, f.name)
-        if f.name not in free and given not in (was, f.default):
-            raise ValueError(f"{f.name} must be {was} to resume {cfg.folder}, got {given}")
+    for name in sorted(given - free.keys()):
+        now, was = getattr(cfg, name), getattr(began, name)
+        if now != was:
+            raise ValueError(f"{name} must be {was} to resume {cfg.folder}, got {now}")
     return replace(began, **free)
 
 
@@ -209,12 +211,12 @@ def activation_memory(model: VideoLM, cfg: TrainConfig, b: data.Batch) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = settings(models.parse(TrainConfig, argv, __doc__))
+    cfg = settings(*models.parse(TrainConfig, argv, __doc__))
     device, folder, tokenizer = pick_device(cfg.device), cfg.folder, Tokenizer()
-    model = build(cfg, tokenizer).to(device)
+    model = models.load(folder, device) if cfg.resume else build(cfg, tokenizer).to(device)
     source = data.open_source(cfg.task, cfg.data, cfg.fps, cfg.partial, model.config.image_size)
     optimizers = make_optimizers(model, cfg)
-    start = resume(folder, model, optimizers) if cfg.resume else 0
+    start = resume(folder, optimizers) if cfg.resume else 0
 
     def batch(step: int) -> data.Batch:
         samples = source.batch(cfg.seed, step, cfg.batch)

@@ -17,7 +17,7 @@ VIDEOS = Path(__file__).parents[1].parent / "shared" / "videos"
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg to decode videos")
 needs_videos = pytest.mark.skipif(not VIDEOS.is_dir(), reason="reads real clips, which a clone does not have")
 TURNS = st.lists(st.builds(Turn, st.integers(0, 5), st.sampled_from(["user", "assistant"]),
-                           st.text(min_size=1)), max_size=5, unique_by=lambda turn: turn[:2])
+                           st.text()), max_size=5, unique_by=lambda turn: turn[:2])
 
 
 @given(st.text())
@@ -26,6 +26,13 @@ def test_text_survives_the_tokenizer_and_never_becomes_a_special_token(text):
     ids = tokenizer.encode(text + " red disc." + "".join(data.SPECIAL))
     assert tokenizer.decode(ids) == text + " red disc." + "".join(data.SPECIAL)
     assert all(len(data.SPECIAL) <= i < len(tokenizer) for i in ids)
+
+
+@given(st.binary())
+def test_whatever_bytes_a_model_says_it_can_hear_again(said):
+    tokenizer = Tokenizer()
+    heard = tokenizer.encode(tokenizer.decode([len(data.SPECIAL) + byte for byte in said]))
+    assert b"".join(tokenizer.pieces[i] for i in heard) == said
 
 
 @given(TURNS, st.integers(1, 6), st.integers(1, 5))
@@ -125,12 +132,25 @@ def test_a_damaged_video_is_refused_unless_its_rest_is_asked_for():
 
 
 @needs_ffmpeg
-def test_only_as_many_frames_are_decoded_as_are_asked_for(tmp_path):
-    frames = read_video(make_video(tmp_path / "v.mp4", 5), 2.0, 16)
+def test_only_as_many_frames_are_decoded_as_are_asked_for(tmp_path, monkeypatch):
+    started, start = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(start(*a, **k)) or started[-1])
+    video = make_video(tmp_path / "v.mp4", 60)
+    started.clear()
+    frames = read_video(video, 10.0, 256)
     next(frames)
-    frames.close()  # ends the decoder
-    with pytest.raises(StopIteration):
-        next(frames)
+    assert started[0].poll() is None  # it waits: the rest does not fit into the pipe
+    frames.close()
+    assert started[0].poll() is not None
+
+
+@needs_ffmpeg
+def test_a_video_that_ends_in_mid_file_is_damaged_too(tmp_path):
+    whole = make_video(tmp_path / "whole.mkv", 5).read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) * 3 // 4])
+    with pytest.raises(ValueError, match=r"cut\.mkv must decode whole, got \d+ frames, then: .*--partial"):
+        list(read_video(tmp_path / "cut.mkv", 2.0, 16))
+    assert len(list(read_video(tmp_path / "cut.mkv", 2.0, 16, partial=True))) >= 1
 
 
 def test_what_is_no_video_ends_in_a_sentence_that_names_it(tmp_path, monkeypatch):
@@ -162,6 +182,8 @@ TURN = {"time": 0.5, "role": "assistant", "content": "Hello."}
     ({"video": "v.mp4", "conversation": [TURN | {"time": "1"}]}, "time must be .*, got '1'"),
     ({"video": "v.mp4", "conversation": [TURN | {"time": float("nan")}]}, "time must be .*, got nan"),
     ({"video": "v.mp4", "conversation": [TURN | {"content": " "}]}, "content must be text"),
+    ({"video": "v.mp4", "conversation": [TURN | {"content": "\ud800"}]}, "content must be text"),
+    ({"video": "v.mp4", "conversation": [TURN | {"time": 10**400}]}, "time must be .*, got 1000"),
 ])
 def test_a_broken_annotation_is_named_by_file_line_and_value(tmp_path, line, complaint):
     path = tmp_path / "a.jsonl"
