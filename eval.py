@@ -362,7 +362,7 @@ def paper_cost(plan: str, keep_ratio: float) -> tuple[float, float, int]:
 
 
 def print_cost() -> None:
-    print("Llama-3-8B, 600 frames x 10 tokens, one forward pass in teraMACs (1 MAC = 2 FLOPs)")
+    print("Llama-3-8B, 600 frames x 10 tokens, a forward pass in teraMACs (2 FLOPs each)")
     print(f"{'placement':18}{'keep':>4}{'paper':>8}{'formula':>9}{'computed here':>15}"
           f"{'of dense':>10}{'KV KiB/frame':>14}")
     dense, encoder = paper_cost("dense", 1.0)[1], flops(preset("llama3-8b"), [], frames=600)["vision"] / 1e12
@@ -370,9 +370,9 @@ def print_cost() -> None:
         formula, here, kv = paper_cost(plan, ratio)
         print(f"{name:18}{ratio:4.1f}{paper:8.2f}{formula:9.2f}{here:15.2f}"
               f"{here / dense:10.1%}{kv / 1024:14.0f}")
-    print("formula: as the paper counts (unmerged LoRA, lm_head over vision tokens, no attention).\n"
-          "computed here: attention counted, lm_head only over text, no LoRA, one <frame> token a frame;\n"
-          f"not the encoder, {encoder:.1f} T in every row.")
+    print("formula: as the paper counts (unmerged LoRA, lm_head over vision tokens, no\n"
+          "attention). computed here: attention counted, lm_head only over text, no LoRA,\n"
+          f"one <frame> token a frame; not the encoder, {encoder:.1f} T in every row.")
 
 
 # --- command line -------------------------------------------------------------------------------------------
