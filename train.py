@@ -160,10 +160,11 @@ def resume(folder: Path, optimizers: list) -> int:
 def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
     """The settings of this run; with --resume those it began with. Raises ValueError if the given clash."""
     file = cfg.folder / "train.json"
+    cfg = replace(cfg, data=cfg.data and str(Path(cfg.data).resolve()))  # the same from any folder
     if not cfg.resume:
         if (cfg.folder / "model.safetensors").exists():
             raise ValueError(f"out must be a new folder, got the run {cfg.folder} (--resume goes on)")
-        return replace(cfg, data=cfg.data and str(Path(cfg.data).resolve()))
+        return cfg
     try:
         began = TrainConfig(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
