@@ -242,7 +242,7 @@ def read_conversations(path: Path) -> Iterator[tuple[int, str, list[dict]]]:
         entry = entry if isinstance(entry, dict) else {}
         video, turns = entry.get("video"), entry.get("conversation")
         if not isinstance(video, str) or Path(video).is_absolute() or ".." in Path(video).parts:
-            raise ValueError(f"{where} video must name a file inside {path.parent}, got {video!r}")
+            raise ValueError(f"{where} video must name a file inside {path.parent}, got {str(video)[:60]!r}")
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise ValueError(f"{where} conversation must be a list of turns, got {str(turns)[:60]}")
         for turn in turns:
@@ -250,7 +250,7 @@ def read_conversations(path: Path) -> Iterator[tuple[int, str, list[dict]]]:
             if isinstance(time, bool) or not isinstance(time, int | float) or not 0 <= time < 1e9:
                 raise ValueError(f"{where} time must be a number from 0 to 1e9, got {repr(time)[:60]}")
             if role not in ("user", "assistant"):
-                raise ValueError(f"{where} role must be user or assistant, got {role!r}")
+                raise ValueError(f"{where} role must be user or assistant, got {str(role)[:60]!r}")
             if not isinstance(content, str) or not content.strip() or re.search("[\ud800-\udfff]", content):
                 raise ValueError(f"{where} content must be text, got {str(content)[:60]!r}")
         yield number, video, turns

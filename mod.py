@@ -128,7 +128,7 @@ class Router(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.weight = nn.Parameter(torch.zeros(width))  # model.initialise draws it, as all weights
 
     def forward(self, x: Tensor) -> Tensor:
         # A product and a sum in at least float32, not F.linear: among scores rounded to bf16, many tie.

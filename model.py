@@ -246,7 +246,6 @@ class Block(nn.Module):
 class Output(NamedTuple):
     hidden: Tensor  # (B, T, D) after the last layer, before the final norm
     keep: dict[int, Tensor]  # routed layer -> (B, T) bool, the tokens it computed
-    score: dict[int, Tensor]  # routed layer -> (B, T) what they were chosen by
 
 
 class VideoLM(nn.Module):
@@ -277,17 +276,17 @@ class VideoLM(nn.Module):
         position = (start + torch.arange(T, device=tokens.device)).expand(B, T).where(groups.real, PADDING)
         rope = rotations(position, self.config.head_dim, self.config.rope_theta).to(x.dtype)
         seed = tokens.new_zeros(B) if seed is None else seed
-        keep, score = {}, {}
+        keep = {}
         for layer, (block, r) in enumerate(zip(self.layers, self.config.keep, strict=True)):
             if cache:
                 block = partial(block, remember=partial(cache.append, layer))
             if r == 1:  # nothing is chosen, so nothing is weighed
                 x = block(x, position, rope)
             else:
-                score[layer] = self.score(layer, x, groups, position, seed)
+                score = self.score(layer, x, groups, position, seed)
                 gate = GATES[self.config.gate] if str(layer) in self.routers else torch.ones_like
-                x, keep[layer] = mod.routed_update(block, x, score[layer], groups, r, gate, position, rope)
-        return Output(x, keep, score)
+                x, keep[layer] = mod.routed_update(block, x, score, groups, r, gate, position, rope)
+        return Output(x, keep)
 
     def embed(self, tokens: Tensor, frames: Tensor) -> Tensor:
         """Text from the embedding table, the vision tokens of the frames in order at the places marked -1."""
@@ -482,7 +481,7 @@ def parse(cls: type, argv: list[str] | None, doc: str) -> tuple[object, set[str]
         kind, positional = type(f.default), f.metadata["positional"]
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         how |= {"nargs": "?"} if positional else {}
-        text = f.metadata["help"] + ("" if f.default in ("", False) else f" (default: {f.default})")
+        text = f.metadata["help"] + ("" if kind is bool or f.default == "" else f" (default: {f.default})")
         name = f.name if positional else f"--{f.name}"
         parser.add_argument(name, default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args(argv))

@@ -58,7 +58,7 @@ def test_a_mistake_on_the_command_line_prints_one_line_and_exits_with_2(tmp_path
     assert err.startswith("eval.py: error: nowhere/config.json must hold")
 
 
-def test_a_run_is_trained_evaluated_drawn_and_watched(tmp_path, capsys, monkeypatch):
+def test_a_run_is_trained_evaluated_and_drawn(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main([*SMALL, "--plan", "all", "--keep", "0.5", "--out", "out/mine"])
     printed = capsys.readouterr().out
