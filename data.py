@@ -265,7 +265,10 @@ class Folder:
         self.fps, self.samples = fps, []
         for path in sorted(folder.glob("*.jsonl")):
             for number, video, turns in read_conversations(path):
-                frames = np.stack(list(read_video(folder / video, fps, size, partial)))
+                try:
+                    frames = np.stack(list(read_video(folder / video, fps, size, partial)))
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: {error}") from None
                 last, said = len(frames) - 1, {}
                 for turn in turns:
                     at = math.ceil(turn["time"] * fps - 1e-9)  # on the frame grid, never too early
