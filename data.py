@@ -1,17 +1,20 @@
-"""Streams of frames and text: the tokenizer, the sequence layout, the embedded world and real videos.
+"""Streams of frames and text: the tokenizer, the sequence layout, the embedded worlds and real videos.
 
 A stream is frames at a fixed rate and turns of text. In the sequence a frame is P vision tokens and one
 `<frame>`, at which the model decides to speak (`<assistant>`) or not (`<silent>`, predicted, never fed back).
+A question after the last frame is answered without being asked whether.
 """
 
 import json
 import math
 import re
 import shutil
+import struct
 import subprocess
 import threading
+import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 QUERY = "Narrate what you see, as it happens."
+SYSTEM, DESCRIBE = "Answer the questions about the picture.", "Describe it."
 
 # --- tokenizer ----------------------------------------------------------------------------------------------
 
@@ -32,6 +36,7 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230), 
 SHAPES = ("disc", "ring", "cross", "triangle")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 WORDS = ("A", "The", " a", " the", " at", " in", " is", " of", ",", ".", "?", QUERY,
+         SYSTEM, DESCRIBE, "What", " colour", " one",
          *(f" {word}" for word in (*COLOURS, *SHAPES, *ROWS, *COLUMNS)))
 
 
@@ -58,9 +63,12 @@ class Tokenizer:
 # --- the sequence -------------------------------------------------------------------------------------------
 
 
+OPENING = {"system": [], "user": [USER], "assistant": [ASSISTANT]}  # of a turn, by role; all close in `<end>`
+
+
 class Turn(NamedTuple):
-    frame: int  # a user's turn comes before this frame, a reply after it
-    role: str  # "user" or "assistant"
+    frame: int  # the system's and the user's turns come before this frame, a reply after it
+    role: str  # a key of OPENING
     text: str
 
 
@@ -74,7 +82,7 @@ class Batch(NamedTuple):
     """Right-padded sequences, on the host."""
 
     tokens: Tensor  # (B, T) int64, VISION at vision tokens
-    group: Tensor  # (B, T) int64, frame of a vision token, -1 for text
+    group: Tensor  # (B, T) int64, frame of a vision token and of text that may skip, -1: always computed
     real: Tensor  # (B, T) bool, False: padding
     labels: Tensor  # (B, T) int64, the token to predict at this place, -100: none
     decision: Tensor  # (B, T) bool, labels that are decisions to speak or stay silent
@@ -82,42 +90,48 @@ class Batch(NamedTuple):
     seed: Tensor  # (B,) int64
 
 
-def user_turn(tokenizer: Tokenizer, text: str) -> list[int]:
-    return [USER, *tokenizer.encode(text), END]
+def turn_tokens(tokenizer: Tokenizer, role: str, text: str) -> list[int]:
+    return [*OPENING[role], *tokenizer.encode(text), END]
 
 
-def reply_turn(tokenizer: Tokenizer, text: str) -> list[int]:
-    return [ASSISTANT, *tokenizer.encode(text), END]
+def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tokenizer,
+           masked: Collection[str]) -> list[list[int]]:
+    """The token sequence of a stream -> [tokens, group, labels], each of T ints (see Batch).
 
-
-def frame_turn(tokens_per_frame: int) -> list[int]:
-    return [VISION] * tokens_per_frame + [FRAME]
-
-
-def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tokenizer) -> list[list[int]]:
-    """The token sequence of a stream -> [tokens, group, labels], each of T ints (see Batch)."""
+    masked: the roles whose text belongs to no group. Other text is in the group of the frame that it comes
+    before or replies to (after the last frame: of that one), so that a stream stays causal, frame by frame.
+    """
     tokens, group, labels = [], [], []
 
-    def add(ids: list[int], frame: int = -1, targets: list[int] | None = None) -> None:
+    def add(ids: list[int], frame: int, targets: list[int] | None = None) -> None:
         tokens.extend(ids)
-        group.extend(frame if i == VISION else -1 for i in ids)
+        group.extend([frame] * len(ids))
         labels.extend(targets or [-100] * len(ids))
 
+    def say(turn: Turn) -> None:
+        ids = turn_tokens(tokenizer, turn.role, turn.text)
+        targets = [*ids[1:], -100] if turn.role == "assistant" else None
+        add(ids, -1 if turn.role in masked else min(turn.frame, frames - 1), targets)
+
     for frame in range(frames):
-        for turn in turns:
-            if turn.role == "user" and turn.frame == frame:
-                add(user_turn(tokenizer, turn.text))
-        said = [t.text for t in turns if t.role == "assistant" and t.frame == frame]  # at most one
-        decision = ASSISTANT if said else SILENT
-        add(frame_turn(tokens_per_frame), frame, [-100] * tokens_per_frame + [decision])
-        if said:
-            reply = reply_turn(tokenizer, said[0])
-            add(reply, targets=[*reply[1:], -100])
+        here = [turn for turn in turns if turn.frame == frame]
+        said = [turn for turn in here if turn.role == "assistant"][:1]
+        for turn in here:
+            if turn.role != "assistant":
+                say(turn)
+        add([VISION] * tokens_per_frame, frame)
+        add([FRAME], -1, [ASSISTANT if said else SILENT])
+        for turn in said:
+            say(turn)
+    for turn in turns:
+        if turn.frame == frames:  # questions, and an answer to each
+            say(turn)
     return [tokens, group, labels]
 
 
-def collate(samples: list[Sample], tokens_per_frame: int, tokenizer: Tokenizer) -> Batch:
-    rows = [layout(s.turns, len(s.frames), tokens_per_frame, tokenizer) for s in samples]
+def collate(samples: list[Sample], tokens_per_frame: int, tokenizer: Tokenizer,
+            masked: Collection[str]) -> Batch:
+    rows = [layout(s.turns, len(s.frames), tokens_per_frame, tokenizer, masked) for s in samples]
     B, T, F = len(rows), max(len(row[0]) for row in rows), max(len(s.frames) for s in samples)
     tokens, group, labels = (np.full((B, T), fill) for fill in (PAD, -1, -100))
     frames = np.zeros((B, F, *samples[0].frames.shape[1:]), np.uint8)
@@ -132,7 +146,7 @@ def collate(samples: list[Sample], tokens_per_frame: int, tokenizer: Tokenizer) 
     return Batch(tokens, group, real, labels, decision, frames, torch.tensor([s.seed for s in samples]))
 
 
-# --- the embedded world -------------------------------------------------------------------------------------
+# --- the embedded worlds ------------------------------------------------------------------------------------
 
 
 class World:
@@ -141,7 +155,7 @@ class World:
     What is to be said, and when, is known exactly. A sample is a pure function of (seed, split, number).
     """
 
-    fps, kind = 2.0, "held-out streams"
+    fps, kind, asks = 2.0, "held-out streams", False  # asks: each sample ends in a question
 
     def __init__(self, size: int, frames: int = 8) -> None:
         self.size, self.frames = size, frames
@@ -154,18 +168,26 @@ class World:
 
     def sample(self, seed: int, split: str, number: int) -> Sample:
         rng = np.random.default_rng([seed, split == "train", number])
-        S, F = self.size, self.frames
-        texture = 18 * rng.normal(size=(1, S // 4, S // 4, 3)).repeat(4, axis=1).repeat(4, axis=2)  # stays
-        frames = 115 + 25 * rng.uniform(-1, 1, 3) + texture + 6 * rng.normal(size=(F, S, S, 3))  # new noise
-        turns = [Turn(0, "user", QUERY)]
-        for frame in range(F):
+        frames, turns = self.ground(rng), [Turn(0, "user", QUERY)]
+        for frame in range(self.frames):
             if rng.random() < 0.45:
                 colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
                 row, column = rng.integers(3, size=2)
-                centre = (np.array([row, column]) * 2 + 1) * S / 6 - 0.5 + rng.uniform(-0.5, 0.5, 2)
-                frames[frame][self.mask(shape, centre)] = COLOURS[colour]
+                self.paint(frames[frame], rng, colour, shape, row, column)
                 turns.append(Turn(frame, "assistant", f"A {colour} {shape}, {ROWS[row]} {COLUMNS[column]}."))
         return Sample(frames.clip(0, 255).astype(np.uint8), turns, number)
+
+    def ground(self, rng: np.random.Generator) -> np.ndarray:
+        """(F, S, S, 3) float: a texture that stays, and new noise in each frame"""
+        S, F = self.size, self.frames
+        texture = 18 * rng.normal(size=(1, S // 4, S // 4, 3)).repeat(4, axis=1).repeat(4, axis=2)
+        return 115 + 25 * rng.uniform(-1, 1, 3) + texture + 6 * rng.normal(size=(F, S, S, 3))
+
+    def paint(self, frame: np.ndarray, rng: np.random.Generator, colour: str, shape: str, row: int,
+              column: int) -> None:
+        """Draw a shape about where its cell of a 3 x 3 grid has its centre."""
+        centre = (np.array([row, column]) * 2 + 1) * self.size / 6 - 0.5 + rng.uniform(-0.5, 0.5, 2)
+        frame[self.mask(shape, centre)] = COLOURS[colour]
 
     def mask(self, shape: str, centre: np.ndarray) -> np.ndarray:
         """(S, S) bool, the pixels of a shape about a third of the picture wide"""
@@ -174,6 +196,43 @@ class World:
         return {"disc": radius <= 1, "ring": (radius <= 1) & (radius >= 0.36),
                 "cross": (np.minimum(abs(u), abs(v)) <= 0.3) & (np.maximum(abs(u), abs(v)) <= 1),
                 "triangle": (abs(u) * 2 <= v + 1) & (v <= 1)}[shape]
+
+
+class VQA(World):
+    """One frame with three shapes, each in a colour and a cell of its own, and questions with exact answers.
+
+    A sample to learn from asks once of each shape and once of a neighbour, and ends in a description of the
+    picture; so no answer can be read off an earlier one. A held-out sample is one such question.
+    """
+
+    kind, asks = "held-out questions", True
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, frames=1)
+
+    def sample(self, seed: int, split: str, number: int) -> Sample:
+        rng = np.random.default_rng([seed, split == "train", number])
+        frames, shapes = self.ground(rng), rng.permutation(SHAPES)[:3]
+        colours = rng.permutation(list(COLOURS))[:3]
+        left = 3 * rng.integers(3) + rng.integers(2)  # two shapes stand side by side, one anywhere
+        cells = left, left + 1, rng.choice([cell for cell in range(9) if cell not in (left, left + 1)])
+        things = sorted(zip(cells, colours, shapes, strict=True))
+        for cell, colour, shape in things:
+            self.paint(frames[0], rng, colour, shape, *divmod(cell, 3))
+        a, b, _ = shapes  # a stands left of b
+        asked = [(f"What is left of the {b}?", f" {a}"), (f"What is right of the {a}?", f" {b}")]
+        asked = [asked[rng.integers(2)]]
+        for _, colour, shape in things:
+            either = [(f"What colour is the {shape}?", f" {colour}"),
+                      (f"What is the {colour} one?", f" {shape}")]
+            asked.append(either[rng.integers(2)])
+        asked = [asked[i] for i in rng.permutation(len(asked))]
+        places = [f"A {colour} {shape}, {ROWS[cell // 3]} {COLUMNS[cell % 3]}."
+                  for cell, colour, shape in things]
+        asked = [*asked, (DESCRIBE, " ".join(places))] if split == "train" else asked[:1]
+        turns = [Turn(1, role, text) for question, answer in asked
+                 for role, text in (("user", question), ("assistant", answer))]
+        return Sample(frames.clip(0, 255).astype(np.uint8), [Turn(0, "system", SYSTEM), *turns], number)
 
 
 # --- real videos --------------------------------------------------------------------------------------------
@@ -259,7 +318,7 @@ def read_conversations(path: Path) -> Iterator[tuple[int, str, list[dict]]]:
 class Folder:
     """Clips and conversations: every *.jsonl of a folder. A batch is a function of (seed, step, rank)."""
 
-    kind = "training clips"  # a folder has no held-out ones
+    kind, asks = "training clips", False  # a folder has no held-out ones
 
     def __init__(self, folder: Path, size: int, fps: float = 2.0, partial: bool = False) -> None:
         self.fps, self.samples = fps, []
@@ -290,8 +349,39 @@ class Folder:
         return self.samples[:count]
 
 
+# --- pictures -----------------------------------------------------------------------------------------------
+
+
+def picture(frames: list[np.ndarray], kept: list[dict[int, Tensor]]) -> bytes:
+    """A stream's routing as a PNG: frames in columns; below each, a row a routed layer, skipped patches pale.
+
+    frames: (S, S, 3) uint8 each;  kept: per frame, routed layer -> (1 + p * p,) bool; a bar on top is CLS
+    """
+    scale, gap = max(1, 112 // len(frames[0])), 4
+    side, layers = scale * len(frames[0]), sorted(kept[0])
+    height, width = (side + gap) * (1 + len(layers)) + gap, (side + gap) * len(frames) + gap
+    image = np.full((height, width, 3), 255, np.uint8)
+    for left, frame, keep in zip(range(gap, width, side + gap), frames, kept, strict=False):
+        big = frame.repeat(scale, axis=0).repeat(scale, axis=1)  # (side, side, 3)
+        image[gap : gap + side, left : left + side] = big
+        for top, layer in zip(range(side + 2 * gap, height, side + gap), layers, strict=False):
+            p = math.isqrt(len(keep[layer]) - 1)
+            patch = np.arange(side) * p // side  # (side,) the patch that a pixel lies in
+            computed_here = keep[layer][1:].view(p, p).numpy()[patch][:, patch, None]  # (side, side, 1)
+            image[top : top + side, left : left + side] = np.where(computed_here, big, 255 - (255 - big) // 5)
+            if keep[layer][0]:
+                image[top - gap + 1 : top - 1, left : left + side] = (40, 90, 200)
+    above = np.concatenate([np.zeros_like(image[:1]), image[:-1]])
+    raw = b"".join(b"\2" + line.tobytes() for line in image - above)  # 2: as differences to the row above
+    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(raw, 9)), (b"IEND", b"")]
+    body = b"".join(struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d))
+                    for kind, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
 Source = World | Folder
-TASKS = {"narration": World}
+TASKS = {"narration": World, "vqa": VQA}
 
 
 def check_fps(fps: float) -> None:
@@ -305,3 +395,22 @@ def open_source(task: str, data: str, fps: float, partial: bool, size: int) -> S
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task}")
     return Folder(Path(data), size, fps, partial) if data else TASKS[task](size)
+
+
+def newest_run() -> Path:
+    runs = sorted(Path("out").glob("*/model.safetensors"), key=lambda file: file.stat().st_mtime)
+    if not runs:
+        raise ValueError("out/ must hold a run to evaluate, got none: make one with `python train.py`")
+    return runs[-1].parent
+
+
+def read_settings(file: Path) -> dict:
+    """What a run was trained on. Raises ValueError, naming the file, where it does not say."""
+    keys = {"task": str, "data": str, "fps": float, "partial": bool}
+    try:
+        values = json.loads(file.read_text())
+        check_fps(values["fps"])
+        return {key: kind(values[key]) for key, kind in keys.items()}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} must be JSON with {', '.join(keys)}, got {why}") from None

@@ -2,19 +2,20 @@
 
     python eval.py [RUN]              evaluate a run (the newest in out/)
     python eval.py RUN --watch VIDEO  narrate a video as its frames arrive
-    python eval.py --flops            the paper's costs, and those of this code
+    python eval.py RUN --arank        the rank of each layer's attention maps
+    python eval.py --flops            the papers' costs, and those of this code
+    python eval.py [RUNS] --table     results/, or a folder of runs, as tables
 """
 
 import contextlib
 import json
 import math
-import struct
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import NamedTuple
 
 import numpy as np
@@ -23,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
+import model as models
 from data import Sample, Tokenizer, Turn
-from mod import Groups, computed, flops, placement
-from model import Cache, VideoLM, load, opt, parse, preset, printable, run, write, write_json
+from mod import MASKED, PADDING, Groups, computed, flops, placement, rank_placement
+from model import Cache, VideoLM, layer_ranks, load, opt, preset, printable, write, write_json
 
 # --- the four metrics of VideoLLM-online --------------------------------------------------------------------
 
@@ -97,8 +99,9 @@ def read(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample], threshold:
     """Feed whole sequences, replies included, and read the decisions and the likelihoods -> a Reading each"""
     readings, device = [], model.lm_head.weight.device
     for at in range(0, len(samples), batch):
-        b = data.collate(samples[at : at + batch], model.config.tokens_per_frame, tokenizer)
-        groups = Groups.plan(b.group, model.config.keep, b.real).to(device)
+        c, part = model.config, samples[at : at + batch]
+        b = data.collate(part, c.tokens_per_frame, tokenizer, MASKED[c.masked])
+        groups = Groups.plan(b.group, c.keep, b.real).to(device)
         hidden = model(b.tokens.to(device), b.frames.to(device), groups, b.seed.to(device)).hidden
         for row, labels, decision in zip(hidden, b.labels, b.decision, strict=True):
             places = (labels >= 0).nonzero()[:, 0]
@@ -188,44 +191,79 @@ class Watcher:
     def __init__(self, model: VideoLM, tokenizer: Tokenizer, seed: Tensor, threshold: float = 0.0,
                  window: int | None = None, limit: int = 200) -> None:
         self.model, self.tokenizer, self.threshold, self.limit = model, tokenizer, threshold, limit
-        self.device, self.streams, self.frame = model.lm_head.weight.device, len(seed), 0
+        self.device, self.streams, self.group = model.lm_head.weight.device, len(seed), 0  # the next group
         self.seed, self.cache = seed.to(self.device), Cache(model.config, len(seed), window, self.device)
         self.kept: dict[int, Tensor] = {}  # routed layer -> (B, P) bool, what it computed of the last frame
+        self.masked, P = MASKED[model.config.masked], model.config.tokens_per_frame
+        self.layout = partial(data.layout, tokens_per_frame=P, tokenizer=tokenizer, masked=self.masked)
+        if window and "assistant" not in self.masked:
+            raise ValueError(f"with a window, masked must include the answer, got {model.config.masked}")
 
     @torch.no_grad()
-    def feed(self, rows: list[list[int]], frames: Tensor | None = None) -> Tensor:
-        """Append a chunk to each stream (empty: it waits) -> (B, vocabulary) logits after its last token"""
-        c, lengths = self.model.config, torch.tensor([len(row) for row in rows])
+    def feed(self, rows: list[list[list[int]]], frames: Tensor | None = None, late: bool = False) -> Tensor:
+        """Append a chunk to each stream -> (B, vocabulary) logits after its last token
+
+        rows: of data.layout, empty: the stream waits;  late: what may skip came too late to compete
+        """
+        c, lengths = self.model.config, torch.tensor([len(row[0]) for row in rows])
         T = int(lengths.max())
-        tokens = torch.tensor([row + [data.PAD] * (T - len(row)) for row in rows])  # (B, T)
-        group = torch.where(tokens == data.VISION, self.frame, -1)
-        groups = Groups.plan(group, c.keep, torch.arange(T) < lengths[:, None]).to(self.device)
+        tokens = torch.tensor([row[0] + [data.PAD] * (T - len(row[0])) for row in rows])  # (B, T)
+        group = torch.tensor([row[1] + [-1] * (T - len(row[1])) for row in rows])
+        group = group.where(group < 0, group + self.group)
+        self.group = max(self.group, int(group.max()) + 1)
+        real = torch.arange(T) < lengths[:, None]
+        groups = Groups.plan(group, c.keep, real, (group >= 0) & late).to(self.device)
         if frames is None:
             frames = torch.zeros(len(rows), 0, 3, c.image_size, c.image_size, dtype=torch.uint8)
         out = self.model(tokens.to(self.device), frames.to(self.device), groups, self.seed, self.cache)
         if frames.shape[1]:
-            self.kept = {layer: keep[:, : c.tokens_per_frame].cpu() for layer, keep in out.keep.items()}
+            vision = (tokens == data.VISION).to(self.device)
+            self.kept = {layer: keep[vision].view(len(rows), -1).cpu() for layer, keep in out.keep.items()}
         last = (lengths - 1).clamp(min=0).to(self.device)
         return self.model.logits(out.hidden[torch.arange(len(rows), device=self.device), last]).float()
 
-    def watch(self, frames: Tensor) -> list[str | None]:
-        """frames: (B, 3, S, S) uint8, the next of each stream -> what is said of it, None: silence"""
-        rows = [data.frame_turn(self.model.config.tokens_per_frame)] * self.streams
-        logits = self.feed(rows, frames[:, None])
-        self.frame += 1
-        speaking = spoke = speaks(logits, self.threshold).tolist()
-        said: list[list[int]] = [[] for _ in spoke]
-        token = [data.ASSISTANT for _ in spoke]
+    def watch(self, frames: Tensor, asked: list[list[Turn]] | None = None) -> list[str | None]:
+        """frames: (B, 3, S, S) uint8, the next of each stream;  asked: turns of frame 0, that come before it
+        -> what is said of it, None: silence
+        """
+        asked = asked or [[]] * self.streams
+        if any(asked) and self.cache.starts is not None:  # with a window, a chunk begins with its frame
+            self.feed([self.layout(turns, 0) for turns in asked])
+            asked = [[]] * self.streams
+        logits = self.feed([self.layout(turns, 1) for turns in asked], frames[:, None])
+        spoke = speaks(logits, self.threshold).tolist()
+        return [text if s else None for text, s in zip(self.reply(spoke), spoke, strict=True)]
+
+    def reply(self, speaking: list[bool], logits: Tensor | None = None) -> list[str]:
+        """Let these streams speak; logits: (B, vocabulary) after `<assistant>` if that has been fed"""
+        said: list[list[int]] = [[] for _ in speaking]
         barred = [i for i in range(len(data.SPECIAL)) if i != data.END]  # a reply is only text, then `<end>`
+        token = [data.ASSISTANT for _ in speaking]
         while any(speaking):
-            logits = self.feed([[t] if now else [] for t, now in zip(token, speaking, strict=True)])
+            if logits is not None:
+                logits[:, barred] = -math.inf
+                token = [best if len(ids) < self.limit else data.END
+                         for best, ids in zip(logits.argmax(-1).tolist(), said, strict=True)]
+                for b, ids in enumerate(said):
+                    ids.extend([token[b]] if speaking[b] and token[b] != data.END else [])
+            group = -1 if "assistant" in self.masked else 0
+            rows = [[[t], [group]] if now else [[], []] for t, now in zip(token, speaking, strict=True)]
+            logits = self.feed(rows, late=True)
             speaking = [now and t != data.END for t, now in zip(token, speaking, strict=True)]
-            logits[:, barred] = -math.inf
-            for b, best in enumerate(logits.argmax(-1).tolist()):
-                token[b] = best if len(said[b]) < self.limit else data.END
-                if speaking[b] and token[b] != data.END:
-                    said[b].append(token[b])
-        return [self.tokenizer.decode(ids) if s else None for ids, s in zip(said, spoke, strict=True)]
+        return [self.tokenizer.decode(ids) for ids in said]
+
+    def ask(self, samples: list[Sample]) -> list[str]:
+        """What it answers to the question in which each sample ends; all before it is one prompt."""
+        prompts = [[*s.turns[:-1], s.turns[-1]._replace(text="")] for s in samples]
+        rows = [[part[:-1] for part in self.layout(turns, len(s.frames))]  # without the `<end>` of the answer
+                for turns, s in zip(prompts, samples, strict=True)]
+        frames = torch.from_numpy(np.stack([s.frames for s in samples])).permute(0, 1, 4, 2, 3)
+        return self.reply([True] * len(samples), self.feed(rows, frames))
+
+    def computed(self) -> Tensor:
+        """(B, L) int64, the tokens of each stream that each layer computed so far"""
+        rows = zip(self.cache.rows, self.cache.length, strict=True)
+        return torch.stack([(row[2][:, 0, :n, 0] < PADDING).sum(1) for row, n in rows], dim=1)
 
 
 def free_run(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample], threshold: float = 0.0,
@@ -236,12 +274,10 @@ def free_run(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample], thresh
         chunk = samples[at : at + batch]
         watcher = Watcher(model, tokenizer, torch.tensor([s.seed for s in chunk]), threshold)
         for f in range(max(len(s.frames) for s in chunk)):
-            asked = [[t.text for t in s.turns if t.role == "user" and t.frame == f] for s in chunk]
-            if any(asked):
-                rows = [[i for text in texts for i in data.user_turn(tokenizer, text)] for texts in asked]
-                watcher.feed(rows)
+            asked = [[t._replace(frame=0) for t in s.turns if t.role != "assistant" and t.frame == f]
+                     for s in chunk]
             frames = np.stack([s.frames[min(f, len(s.frames) - 1)] for s in chunk])  # ended ones stand still
-            for b, text in enumerate(watcher.watch(torch.from_numpy(frames).permute(0, 3, 1, 2))):
+            for b, text in enumerate(watcher.watch(torch.from_numpy(frames).permute(0, 3, 1, 2), asked)):
                 if text is not None and f < len(chunk[b].frames):
                     said[at + b].append(Turn(f, "assistant", text))
     return said
@@ -249,10 +285,10 @@ def free_run(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample], thresh
 
 def narrate(watcher: Watcher, frames: Iterator[np.ndarray], fps: float, query: str, drawing: Path) -> None:
     """Print what the model says of a stream as frames arrive, each with its time; then draw the routing."""
-    watcher.feed([data.user_turn(watcher.tokenizer, query)])
     shown, every, count, began = [], 1, 0, time.perf_counter()
     for count, frame in enumerate(frames, 1):
-        text = watcher.watch(torch.from_numpy(frame.copy()).permute(2, 0, 1)[None])[0]
+        asked = [[Turn(0, "user", query)]] if count == 1 else None
+        text = watcher.watch(torch.from_numpy(frame.copy()).permute(2, 0, 1)[None], asked)[0]
         if text is not None:
             print(printable(f"{(count - 1) / fps:7.1f} s  {text}"), flush=True)
         if (count - 1) % every == 0:
@@ -260,81 +296,148 @@ def narrate(watcher: Watcher, frames: Iterator[np.ndarray], fps: float, query: s
         if len(shown) > 12:  # every second one stays: the picture spans the stream, however long it is
             shown, every = shown[::2], 2 * every
     took = time.perf_counter() - began
+    write(drawing, lambda path: path.write_bytes(data.picture(*zip(*shown, strict=True))))
     print(f"{count} frames, {count / fps:.1f} s of video in {took:.1f} s: {1000 * took / count:.0f} ms each\n"
-          f"tokens in the cache of each layer: {', '.join(map(str, watcher.cache.length))}")
-    picture(drawing, *zip(*shown, strict=True))
-    print(f"routing drawn in {drawing}")
+          f"tokens in the cache of each layer: {', '.join(map(str, watcher.cache.length))}\n"
+          f"routing drawn in {drawing}")
+
+
+# --- gamma-MoD: questions, and the rank of attention maps ---------------------------------------------------
+
+
+def evaluate_answers(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample],
+                     batch: int = 32) -> tuple[dict, list[str]]:
+    """Ask each sample its last question -> {"free_running": {...}, ...}, and what was answered
+
+    accuracy: share of answers word for word right;  skipped: of all tokens, answers too, in the routed layers
+    flops_of_dense: with the encoder, over those of computing every token in every layer
+    """
+    said, c, began = [], model.config, time.perf_counter()
+    passed, macs, routed = torch.zeros(2), torch.zeros(2), torch.tensor(c.keep) < 1  # pairs: computed, given
+    for at in range(0, len(samples), batch):
+        watcher = Watcher(model, tokenizer, torch.tensor([s.seed for s in samples[at : at + batch]]))
+        said += watcher.ask(samples[at : at + batch])
+        for tokens, seen in zip(watcher.computed().cpu(), watcher.cache.seen.cpu(), strict=True):
+            seen = seen.expand_as(tokens)  # (L,)
+            passed += torch.stack([tokens[routed].sum(), seen[routed].sum()])
+            macs += torch.tensor([sum(flops(c, n.tolist(), 1, 1).values()) for n in (tokens, seen)])
+    took, kinds = time.perf_counter() - began, {}
+    for mine, s in zip(said, samples, strict=True):
+        kinds.setdefault(s.turns[-2].text.split(" the ")[0], []).append(mine == s.turns[-1].text)
+    free = {"accuracy": fmean(ok for right in kinds.values() for ok in right),
+            "skipped": float((passed[1] - passed[0]) / passed[1].clamp(min=1)),
+            "flops_of_dense": float(macs[0] / macs[1]), "seconds_per_answer": took / len(samples)}
+    return {"questions": len(samples), "free_running": free,
+            "accuracy_of": {kind: fmean(right) for kind, right in kinds.items()}}, said
+
+
+def ranks_of(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample]) -> Tensor:
+    """(samples, L) float64, the ARank of each layer in each sample, one after the other"""
+    c, device = model.config, model.lm_head.weight.device
+    batches = [data.collate([s], c.tokens_per_frame, tokenizer, MASKED[c.masked]) for s in samples]
+    ranks = [layer_ranks(model, b.tokens.to(device), b.frames.to(device), b.real) for b in batches]
+    return torch.cat(ranks).cpu()
+
+
+def print_ranks(model: VideoLM, tokenizer: Tokenizer, source: data.Source, samples: int = 50) -> None:
+    """A bar a layer, the spread over samples, the placement it implies, and what other samples say."""
+    ranks, others = (ranks_of(model, tokenizer, source.batch(0, step, samples)) for step in (0, 1))
+    mean, spread = ranks.mean(0), ranks.std(0, correction=0)
+    print(f"ARank of {len(ranks)} samples: rank of the attention maps, mean over heads, +- spread")
+    for layer, r in enumerate(rank_placement(mean.tolist(), 0.5)):
+        bar, kind = "#" * round(40 * float(mean[layer] / mean.max())), "dense" if r == 1 else "routed"
+        print(f"layer {layer:2} {mean[layer]:7.1f} +-{spread[layer]:5.1f}  {kind:6}  {bar}")
+    order = torch.stack([m.argsort().argsort().double() for m in (mean, others.mean(0))])
+    print(f"{len(others)} others order the layers alike: Spearman {torch.corrcoef(order)[0, 1]:.2f}")
 
 
 # --- pictures and tables ------------------------------------------------------------------------------------
 
 
-def picture(path: Path, frames: list[np.ndarray], kept: list[dict[int, Tensor]]) -> None:
-    """A stream's routing as a PNG: frames in columns; below each, a row a routed layer, skipped patches pale.
-
-    frames: (S, S, 3) uint8 each;  kept: per frame, routed layer -> (1 + p * p,) bool; a bar on top is CLS
-    """
-    scale, gap = max(1, 112 // len(frames[0])), 4
-    side, layers = scale * len(frames[0]), sorted(kept[0])
-    height, width = (side + gap) * (1 + len(layers)) + gap, (side + gap) * len(frames) + gap
-    image = np.full((height, width, 3), 255, np.uint8)
-    for left, frame, keep in zip(range(gap, width, side + gap), frames, kept, strict=False):
-        big = frame.repeat(scale, axis=0).repeat(scale, axis=1)  # (side, side, 3)
-        image[gap : gap + side, left : left + side] = big
-        for top, layer in zip(range(side + 2 * gap, height, side + gap), layers, strict=False):
-            p = math.isqrt(len(keep[layer]) - 1)
-            patch = np.arange(side) * p // side  # (side,) the patch that a pixel lies in
-            computed_here = keep[layer][1:].view(p, p).numpy()[patch][:, patch, None]  # (side, side, 1)
-            image[top : top + side, left : left + side] = np.where(computed_here, big, 255 - (255 - big) // 5)
-            if keep[layer][0]:
-                image[top - gap + 1 : top - 1, left : left + side] = (40, 90, 200)
-    above = np.concatenate([np.zeros_like(image[:1]), image[:-1]])
-    raw = b"".join(b"\2" + line.tobytes() for line in image - above)  # 2: as differences to the row above
-    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(raw, 9)), (b"IEND", b"")]
-    body = b"".join(struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d))
-                    for kind, d in chunks)
-    write(path, lambda unfinished: unfinished.write_bytes(b"\x89PNG\r\n\x1a\n" + body))
-
-
 def draw_routing(model: VideoLM, tokenizer: Tokenizer, sample: Sample, path: Path) -> None:
     """The routing of one stream, heard with its true replies."""
     c, device = model.config, model.lm_head.weight.device
-    b = data.collate([sample], c.tokens_per_frame, tokenizer)
+    b = data.collate([sample], c.tokens_per_frame, tokenizer, MASKED[c.masked])
     with torch.no_grad():
         groups = Groups.plan(b.group, c.keep).to(device)
         out = model(b.tokens.to(device), b.frames.to(device), groups, b.seed.to(device))
-    vision = b.group >= 0  # (1, T)
+    vision = b.tokens == data.VISION  # (1, T)
     keep = {layer: k.cpu()[vision].view(-1, c.tokens_per_frame) for layer, k in out.keep.items()}  # (F, P)
     kept = [{layer: k[f] for layer, k in keep.items()} for f in range(len(sample.frames))]
-    picture(path, list(sample.frames), kept)
+    write(path, lambda unfinished: unfinished.write_bytes(data.picture(list(sample.frames), kept)))
 
 
-METRICS = (("LM-PPL", "lm_ppl", "{:.3f}"), ("  of the mean", "lm_ppl_corrected", "{:.3f}"),
-           ("TimeDiff (s)", "time_diff", "{:.3f}"), ("  corrected", "time_diff_corrected", "{:.3f}"),
-           ("Fluency", "fluency", "{:.1%}"), ("  corrected", "fluency_corrected", "{:.1%}"),
-           ("LM-Correctness", "lm_correctness", "{:.1%}"), ("reply tokens right", "reply_accuracy", "{:.1%}"),
-           ("decisions right", "decision_accuracy", "{:.1%}"), ("replies said right", "said_right", "{:.1%}"),
-           ("replies said wrong", "said_wrong", "{:.1%}"))
+METRICS = (  # title, key, form; those indented correct a quirk of the one above
+    ("LM-PPL", "lm_ppl", "{:.3f}"), ("  of the mean", "lm_ppl_corrected", "{:.3f}"),
+    ("TimeDiff", "time_diff", "{:.3f} s"), ("  corrected", "time_diff_corrected", "{:.3f} s"),
+    ("Fluency", "fluency", "{:.1%}"), ("  corrected", "fluency_corrected", "{:.1%}"),
+    ("LM-Correctness", "lm_correctness", "{:.1%}"), ("reply tokens right", "reply_accuracy", "{:.1%}"),
+    ("decisions right", "decision_accuracy", "{:.1%}"), ("replies said right", "said_right", "{:.1%}"),
+    ("  said wrong", "said_wrong", "{:.1%}"), ("answers right", "accuracy", "{:.1%}"),
+    ("tokens skipped", "skipped", "{:.1%}"), ("FLOPs of dense", "flops_of_dense", "{:.1%}"),
+    ("time an answer", "seconds_per_answer", "{:.4f} s"), ("training step", "seconds_per_step", "{:.3f} s"))
 
 
 def report(folder: Path, model: VideoLM, tokenizer: Tokenizer, source: data.Source, streams: int,
            threshold: float = 0.0) -> None:
-    """Evaluate a run, print it with one stream as narrated; eval.json and routing.png go into its folder."""
+    """Evaluate a run, print it with examples; eval.json and routing.png go into its folder."""
     samples = source.held_out(streams)
-    result, own = evaluate(model, tokenizer, samples, source.fps, threshold)
-    print(f"{folder}: {len(samples)} {source.kind}\n{'':24}teacher-forced  free-running")
-    for title, name, form in METRICS:
-        cells = [form.format(result[way][name]) if name in result[way] else ""
-                 for way in ("teacher_forced", "free_running")]
-        print(f"  {title:20}{cells[0]:>16}{cells[1]:>14}")
-    print("the first of them as narrated, free-running (<- the truth, where it differs):")
-    for f in range(len(samples[0].frames)):
-        mine, true = (replies(streams[0]).get(f, "(silent)") for streams in (own, samples))
-        print(printable(f"  {f / source.fps:5.1f} s  {mine}" + ("" if mine == true else f"   <- {true}")))
+    if source.asks:
+        result, said = evaluate_answers(model, tokenizer, samples)
+        examples = [(s.turns[-2].text, a, s.turns[-1].text) for s, a in zip(samples, said, strict=True)][:8]
+    else:
+        result, own = evaluate(model, tokenizer, samples, source.fps, threshold)
+        mine, true = replies(own[0]), replies(samples[0])
+        examples = [(f"{f / source.fps:5.1f} s  ", mine.get(f, "(silent)"), true.get(f, "(silent)"))
+                    for f in range(len(samples[0].frames))]
+    ways = [way for way in ("teacher_forced", "free_running") if way in result]
+    print(f"{folder}: {len(samples)} {source.kind}\n{'':22}" + "".join(f"{way:>18}" for way in ways))
+    for title, key, form in METRICS:
+        cells = [form.format(result[way][key]) if key in result[way] else "" for way in ways]
+        if any(cells):
+            print(f"  {title:20}" + "".join(f"{cell:>18}" for cell in cells))
+    for kind, share in result.get("accuracy_of", {}).items():
+        print(f"    {kind:18}{share:>18.1%}")
+    print("for example, free-running (<- the truth, where it differs):")
+    for about, mine, true in examples:
+        print(printable(f"  {about}{mine}" + f"   <- {true}" * (mine != true)))
     write_json(folder / "eval.json", result)
     draw_routing(model, tokenizer, samples[0], folder / "routing.png")
-    print(f"its routing is drawn in {folder / 'routing.png'}")
+    print(f"the routing of the first is drawn in {folder / 'routing.png'}")
+
+
+def collect(folder: Path) -> list[dict]:
+    """What each run in a folder began with and came to, a row a run."""
+    rows = []
+    for file in sorted(folder.glob("*/eval.json")):
+        result = json.loads(file.read_text())
+        first, *steps = map(json.loads, (file.parent / "log.jsonl").read_text().splitlines())
+        result["free_running"]["seconds_per_step"] = round(median(step["seconds"] for step in steps), 4)
+        rows.append({"run": file.parent.name, **first, **result})
+    if rows:
+        return rows
+    raise ValueError(f"{folder} must hold runs, got none")
+
+
+def print_tables(folder: str) -> None:
+    """The tables of results/*.json; or that of the runs in a folder, which is written to folder.json"""
+    if folder := folder.rstrip("/"):
+        write_json(Path(f"{folder}.json"), collect(Path(folder)))
+    for file in [Path(f"{folder}.json")] if folder else sorted(Path("results").glob("*.json")):
+        print(f"{file}\n\n{table(json.loads(file.read_text()))}\n")
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown, free-running; in a cell the values of all seeds of a run, one if they read the same"""
+    columns = [metric for metric in METRICS if metric[1] in rows[0]["free_running"] and metric[0][0] != " "]
+    lines = [f"| run | {' | '.join(title for title, _, _ in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    runs: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        runs.setdefault(row["run"].split("-seed")[0], []).append(row["free_running"])
+    for name, seeds in sorted(runs.items()):
+        cells = ([form.format(seed[key]) for seed in seeds] for _, key, form in columns)
+        lines.append(f"| `{name}` | {' | '.join(' / '.join(c if len({*c}) > 1 else c[:1]) for c in cells)} |")
+    return "\n".join(lines)
 
 
 PAPER = (("Full computation", "dense", 1.0, 48.29), ("EarlyExit", "early-exit", 0.0, 7.14),
@@ -361,8 +464,18 @@ def paper_cost(plan: str, keep_ratio: float) -> tuple[float, float, int]:
     return as_paper / 1e12, (sum(here.values()) - here["vision"]) / 1e12, kv
 
 
+GAMMA_PAPER = ((0.0, 19.2), (0.164, 16.3), (0.355, 13.0), (0.379, 12.6), (0.489, 10.7), (0.515, 10.3),
+               (0.577, 9.3), (0.743, 6.5))  # share of tokens that skip a routed layer, TFLOPs of LLaVA-HR-7B
+
+
+def gamma_cost(skipped: float, tokens: int = 1400) -> float:
+    """TeraFLOPs, 2 per MAC, of a prefill where 4 of 32 layers are dense.    Table 1 of gamma-MoD"""
+    computed_there = [tokens] * 4 + [round(tokens * (1 - skipped))] * 28
+    return 2 * sum(flops(preset("vicuna-7b"), computed_there).values()) / 1e12
+
+
 def print_cost() -> None:
-    print("Llama-3-8B, 600 frames x 10 tokens, a forward pass in teraMACs (2 FLOPs each)")
+    print("VideoLLM-MoD. Llama-3-8B, 600 frames x 10 tokens, a forward pass in teraMACs")
     print(f"{'placement':18}{'keep':>4}{'paper':>8}{'formula':>9}{'computed here':>15}"
           f"{'of dense':>10}{'KV KiB/frame':>14}")
     dense, encoder = paper_cost("dense", 1.0)[1], flops(preset("llama3-8b"), [], frames=600)["vision"] / 1e12
@@ -372,7 +485,12 @@ def print_cost() -> None:
               f"{here / dense:10.1%}{kv / 1024:14.0f}")
     print("formula: as the paper counts (unmerged LoRA, lm_head over vision tokens, no\n"
           "attention). computed here: attention counted, lm_head only over text, no LoRA,\n"
-          f"one <frame> token a frame; not the encoder, {encoder:.1f} T in every row.")
+          f"one <frame> token a frame; not the encoder, {encoder:.1f} T in every row.\n\n"
+          "gamma-MoD. Vicuna-7B, 1,400 tokens, 4 dense and 28 routed layers, in teraFLOPs\n"
+          "(2 a MAC, attention without causal halving); what skips is as measured there\n"
+          "skipped   paper formula")
+    for skipped, paper in GAMMA_PAPER:
+        print(f"{skipped:7.1%}{paper:8.1f}{gamma_cost(skipped):8.2f}")
 
 
 # --- command line -------------------------------------------------------------------------------------------
@@ -382,7 +500,9 @@ def print_cost() -> None:
 class EvalConfig:
     run: str = opt("", "run folder (default: the newest in out/)", positional=True)
     watch: str = opt("", "video to narrate live instead")
-    flops: bool = opt(False, "print the paper's cost table instead")
+    flops: bool = opt(False, "print the papers' cost tables instead")
+    arank: bool = opt(False, "rank the layers of a dense run instead (gamma-MoD)")
+    table: bool = opt(False, "print the tables of results/, or of the folder of runs RUN and write RUN.json")
     streams: int = opt(64, "held-out streams to evaluate on")
     threshold: float = opt(0.0, "speak where silence is less likely than this (theta of VideoLLM-online)")
     query: str = opt(data.QUERY, "with --watch: what to ask before the first frame")
@@ -391,54 +511,30 @@ class EvalConfig:
     device: str = opt("", "cpu or cuda (default: cuda where there is one)")
 
     def __post_init__(self) -> None:
-        for name, holds, rule in (("streams", self.streams > 0, "at least 1"),
-                                  ("window", self.window >= 0, "at least 0"),
-                                  ("threshold", 0 <= self.threshold <= 1, "in [0, 1]")):
-            if not holds:
-                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
-
-
-def pick_device(name: str) -> torch.device:
-    if name not in ("", "cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device must be cpu or, where there is one, cuda, got {name}")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def newest_run() -> Path:
-    runs = sorted(Path("out").glob("*/model.safetensors"), key=lambda file: file.stat().st_mtime)
-    if not runs:
-        raise ValueError("out/ must hold a run to evaluate, got none: make one with `python train.py`")
-    return runs[-1].parent
-
-
-def read_settings(file: Path) -> dict:
-    """What a run was trained on. Raises ValueError, naming the file, where it does not say."""
-    keys = {"task": str, "data": str, "fps": float, "partial": bool}
-    try:
-        values = json.loads(file.read_text())
-        data.check_fps(values["fps"])
-        return {key: kind(values[key]) for key, kind in keys.items()}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file} must be JSON with {', '.join(keys)}, got {why}") from None
+        models.check_fields(self, may_be_zero=("window", "threshold"))
+        if self.threshold > 1:
+            raise ValueError(f"threshold must be at most 1, got {self.threshold}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg, _ = parse(EvalConfig, argv, __doc__)
+    cfg, _ = models.parse(EvalConfig, argv, __doc__)
     if cfg.flops:
         return print_cost()
-    folder = Path(cfg.run) if cfg.run else newest_run()
-    model, tokenizer = load(folder, pick_device(cfg.device)).eval(), Tokenizer()
-    trained = read_settings(folder / "train.json")
+    if cfg.table:
+        return print_tables(cfg.run)
+    folder = Path(cfg.run) if cfg.run else data.newest_run()
+    model, tokenizer = load(folder, models.pick_device(cfg.device)).eval(), Tokenizer()
+    trained = data.read_settings(folder / "train.json")
     if cfg.watch:
-        seed = torch.zeros(1, dtype=torch.int64)
-        watcher = Watcher(model, tokenizer, seed, cfg.threshold, cfg.window or None)
+        watcher = Watcher(model, tokenizer, torch.zeros(1).long(), cfg.threshold, cfg.window or None)
         video = data.read_video(Path(cfg.watch), trained["fps"], model.config.image_size, cfg.partial)
         with contextlib.closing(video) as frames:  # also where the watching is broken off
             return narrate(watcher, frames, trained["fps"], cfg.query, folder / "watch.png")
     source = data.open_source(**trained, size=model.config.image_size)
+    if cfg.arank:
+        return print_ranks(model, tokenizer, source)
     report(folder, model, tokenizer, source, cfg.streams, cfg.threshold)
 
 
 if __name__ == "__main__":
-    run(main)
+    models.run(main)

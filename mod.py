@@ -3,6 +3,7 @@
 Every token belongs to a routing group, or to none (-1). A layer has a keep ratio r. Of each group of n tokens
 the layer computes the `capacity(n, r)` best-scored ones; the others pass through unchanged. Tokens without a
 group are always computed. VideoLLM-MoD (arXiv 2408.16730): the vision tokens of a frame are a group.
+gamma-MoD (arXiv 2410.13859): the image and the text around it are one, and masked text is in none.
 
     here           paper     meaning
     B, T, D                  streams, tokens of the interleaved sequence, model width
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 PADDING = 2**62  # the position of a row that is no token: later than every query, so that none attends to it
@@ -32,7 +34,7 @@ def capacity(n: int, keep_ratio: float) -> int:
 
     n: tokens of the group, >= 0;  keep_ratio: r in [0, 1], taken as the decimal that it is written as
     -> k: 0 for r = 0, n for r = 1, else at least 1 and at most n; halves round up. Nothing else here rounds.
-    Note: the paper cuts at a percentile, which keeps no token at all where the scores tie; a count cannot.
+    Note: the paper cuts at a percentile, which keeps no token where the scores tie; a count cannot.
     """
     check_keep_ratio(keep_ratio)
     k = math.floor(Fraction(str(keep_ratio)) * n + Fraction(1, 2))  # exact: in floats 100 * 0.07 is above 7
@@ -44,21 +46,17 @@ def check_keep_ratio(keep_ratio: float) -> None:
         raise ValueError(f"keep must be in [0, 1], got {keep_ratio}")
 
 
-def cosine(layer: int, layers: int, keep_ratio: float) -> float:
-    """p-MoD (arXiv 2412.04449): half a cosine from 1 down to r; above 0.85 a layer stays dense."""
-    share = 0.5 + 0.5 * math.cos(math.pi * layer / max(1, layers - 1))
-    return 1.0 if share > 0.85 else max(keep_ratio, round(share, 4))
-
-
 PLACEMENTS: dict[str, Callable[[int, int, float], float]] = {  # layer l of L, r -> its keep ratio
     "dense": lambda l, L, r: 1.0,
     "interleaved": lambda l, L, r: r if l % 2 else 1.0,  # the default of VideoLLM-MoD: 16 of 32 layers
     "interleaved-deep": lambda l, L, r: r if l % 2 and l >= 2 else 1.0,
     "all": lambda l, L, r: r,
     "all-deep": lambda l, L, r: r if l >= 2 else 1.0,
+    "two-of-three": lambda l, L, r: r if l % 3 else 1.0,  # a baseline of gamma-MoD
     "early-exit": lambda l, L, r: 0.0 if l >= 2 else 1.0,  # vision tokens leave after two layers
     "layer-skip": lambda l, L, r: 0.0 if l % 2 else 1.0,
-    "cosine": cosine,
+    "cosine": lambda l, L, r: (  # p-MoD (arXiv 2412.04449): half a cosine from 1 to r, above 0.85 dense
+        1.0 if (c := 0.5 + 0.5 * math.cos(math.pi * l / max(1, L - 1))) > 0.85 else max(r, round(c, 4))),
 }
 
 
@@ -73,7 +71,40 @@ def placement(plan: str, layers: int, keep_ratio: float) -> tuple[float, ...]:
     return tuple(float(PLACEMENTS[plan](layer, layers, keep_ratio)) for layer in range(layers))
 
 
+def arank(q: Tensor, k: Tensor, real: Tensor, softmax: bool = True) -> Tensor:
+    """Rank of a layer's attention maps, mean over heads: how much the layer adds.    ARank of gamma-MoD
+
+    q, k: (B, H, T, d), turned by RoPE if softmax;  real: (B, T) bool, right-padded -> (B,) float64
+    softmax: as its code, the causal map below its diagonal; else as its formula, all of (x W_Q)(x W_K)^T,
+    whose rank is d for any long input. In float32, with the default tolerance of torch's matrix_rank.
+    """
+    ranks = []
+    for sample, n in zip((q @ k.mT).float(), real.sum(1).tolist(), strict=True):
+        maps = sample[:, :n, :n]  # (H, n, n): cut, since the tolerance grows with the size of a matrix
+        if softmax:
+            future = torch.full_like(maps[0], -math.inf).triu(1)
+            maps = (maps / math.sqrt(q.shape[-1]) + future).softmax(-1).tril(-1)
+        ranks.append(torch.linalg.matrix_rank(maps).double().mean())
+    return torch.stack(ranks)
+
+
+def rank_placement(ranks: list[float], keep_ratio: float, dense_layers: int = 0) -> tuple[float, ...]:
+    """Layers of the highest ARank stay dense, the rest get the keep ratio.    Placement of gamma-MoD
+
+    ranks: one a layer; of equals the earlier stays dense
+    dense_layers: how many; 0: an eighth of the layers, at most 4: the paper has 4 of 32, and 4 of 40
+    """
+    highest = sorted(range(len(ranks)), key=lambda layer: -ranks[layer])
+    dense = highest[: dense_layers or min(4, math.ceil(len(ranks) / 8))]
+    return tuple(1.0 if layer in dense else float(keep_ratio) for layer in range(len(ranks)))
+
+
 # --- which: groups, scores, selection -----------------------------------------------------------------------
+
+
+MASKED: dict[str, tuple[str, ...]] = {  # whose text belongs to no group, so that it never skips
+    "text": ("system", "user", "assistant"),  # VideoLLM-MoD; the others are gamma-MoD, by default "question"
+    "none": (), "question": ("user",), "question+answer": ("user", "assistant")}
 
 
 @dataclass(frozen=True)
@@ -88,36 +119,33 @@ class Groups:
     size: Tensor  # (B, T) int64, n of the token's group
     index: Tensor  # (B, T) int64, place of the token in its group, 0 ... n - 1
     before: Tensor  # (B, T) int64, tokens of the same stream with a smaller group id
+    late: Tensor  # (B, T) bool, decoded one by one after the group was chosen: each is a group, see select
     quota: dict[float, Tensor]  # r -> (B, T) int64, k of the token's group; T for text, 0 for padding
     width: dict[float, int]  # r -> K, the most tokens that any of the streams keeps
 
     @classmethod
-    def plan(cls, id: Tensor, keep: tuple[float, ...], real: Tensor | None = None) -> "Groups":
-        """id: (B, T) int64 on the host;  keep: the placement;  real: (B, T) bool, None: no padding
+    def plan(cls, id: Tensor, keep: tuple[float, ...], real: Tensor | None = None,
+             late: Tensor | None = None) -> "Groups":
+        """id: (B, T) int64 on the host;  keep: the placement;  real, late: (B, T) bool, None: all and none
 
         The tokens of a group need not be neighbours, and groups may differ in size in and between streams.
         """
         B, T = id.shape
         real = torch.ones_like(id, dtype=torch.bool) if real is None else real
+        late = torch.zeros_like(real) if late is None else late
         ids, dense = torch.unique(id, return_inverse=True)  # dense: (B, T) in the same order, without gaps
         count = torch.zeros(B, len(ids), dtype=torch.int64).scatter_add_(1, dense, torch.ones_like(dense))
         size, before = count.gather(1, dense), (count.cumsum(1) - count).gather(1, dense)
-        index = inverse(dense.argsort(dim=1, stable=True)) - before
+        index = dense.argsort(dim=1, stable=True).argsort(dim=1) - before  # of a permutation: its inverse
         n = size.where(id >= 0, 0)  # (B, T)
         table = {r: torch.tensor([capacity(i, r) for i in range(int(n.max()) + 1)]) for r in set(keep)}
         quota = {r: torch.where(id >= 0, k[n], T * real) for r, k in table.items()}
         width = {r: int((index < k).sum(1).max()) for r, k in quota.items()}
-        return cls(id, real, size, index, before, quota, width)
+        return cls(id, real, size, index, before, late, quota, width)
 
     def to(self, device: torch.device) -> "Groups":
         tensors = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, **tensors, quota={r: k.to(device) for r, k in self.quota.items()})
-
-
-def inverse(permutation: Tensor) -> Tensor:
-    """(B, T) a permutation a row -> (B, T) where in it each index stands"""
-    place = torch.arange(permutation.shape[1], device=permutation.device).expand_as(permutation)
-    return torch.empty_like(permutation).scatter_(1, permutation, place)
 
 
 class Router(nn.Module):
@@ -139,9 +167,8 @@ def random_score(position: Tensor, layer: int, seed: Tensor) -> Tensor:
     """Scores drawn anew for each stream, layer and token.    Table 3 of VideoLLM-MoD, "Random"
 
     position: (B, T) int64;  seed: (B,) int64, names the stream -> (B, T) float32 in [0, 1]
-    Note: a hash of (seed, layer, position): a token draws in a stream what it draws in the whole sequence.
     """
-    prime = 2**31 - 1  # squares of residues stay below 2**62
+    prime = 2**31 - 1  # a hash, so a token draws in a stream what it draws in the whole; squares fit 62 bits
     h = (position % prime * 69621 + (seed[:, None] % prime * 16807 + layer * 48271 + 1)) % prime
     for step in range(4):
         h = (h * h + 40692 * h + step + 1) % prime
@@ -160,12 +187,13 @@ def select(score: Tensor, groups: Groups, keep_ratio: float) -> Tensor:
     """Choose what a layer computes: the k best tokens of each group, and all text.    Eq. 2 of VideoLLM-MoD
 
     score: (B, T), compared only within a group -> keep: (B, T) bool; of equals the earlier, padding never
-    Note: per group, as in the paper; a top-k over the sequence would let a token see the future.
+    Note: per group, as in the paper: over the sequence, a token would see the future. A late token competes
+    with nobody: it is computed if sigmoid(score) >= 0.5, the rule of gamma-MoD's code at decode.
     """
     by_score = score.argsort(dim=1, descending=True, stable=True)  # (B, T) best first, ties in order
     by_group = groups.id.gather(1, by_score).argsort(dim=1, stable=True)
-    rank = inverse(by_score.gather(1, by_group)) - groups.before  # (B, T) 0: the best of its group
-    return rank < groups.quota[keep_ratio]
+    rank = by_score.gather(1, by_group).argsort(dim=1) - groups.before  # (B, T) 0: the best of its group
+    return (rank < groups.quota[keep_ratio]) & ((score >= 0) | ~groups.late)
 
 
 # --- what happens to them: the routed update ----------------------------------------------------------------
@@ -200,6 +228,16 @@ def routed_update(
     weight = gate(score.gather(1, index)).to(out.dtype).where(groups.id.gather(1, index) >= 0, 1)  # text: 1
     new = torch.lerp(rows, out, weight[..., None])  # the weight is on the whole update, never on the residual
     return x.scatter(1, index[..., None].expand_as(new), new.where(kept[..., None], rows)), keep
+
+
+def routing_loss(score: Tensor, keep: Tensor, groups: Groups) -> Tensor:
+    """Cross-entropy of sigmoid(score) towards what was selected.    Routing loss of gamma-MoD
+
+    score: (B, T), keep: (B, T) bool, of one layer -> the mean over all tokens that belong to a group
+    """
+    target, member = keep.to(score.dtype), (groups.id >= 0).to(score.dtype)
+    total = F.binary_cross_entropy_with_logits(score, target, member, reduction="sum")
+    return total / member.sum().clamp(min=1)
 
 
 def take(t: Tensor, index: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mod
-from mod import GATES, PADDING, Groups, Router, take
+from mod import GATES, MASKED, PADDING, Groups, Router, take
 
-ROUTERS = ("learned", "random", "uniform")
+ROUTERS = ("learned", "shared", "random", "uniform")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Config:
     keep: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
     router: str = "learned"
     gate: str = "sigmoid"
+    masked: str = "text"
 
     def __post_init__(self):
         check_fields(self)
@@ -65,7 +66,7 @@ class Config:
             raise ValueError(f"keep must have one ratio a layer, got {self.keep}")
         for ratio in self.keep:
             mod.check_keep_ratio(ratio)
-        for name, known in (("router", ROUTERS), ("gate", tuple(GATES))):
+        for name, known in (("router", ROUTERS), ("gate", GATES), ("masked", MASKED)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)}")
 
@@ -90,6 +91,7 @@ LARGE = Config(  # what the 7B models share: 32 layers of width 4096 and a ViT-L
     vision_hidden_size=1024, vision_intermediate_size=4096, vision_layers=24, vision_heads=16)
 PRESETS = {
     "tiny": Config(),
+    "deep": Config(num_hidden_layers=8, keep=(1.0,) * 8),  # layers enough to tell apart by their ARank
     "llama3-8b": replace(  # VideoLLM-MoD: its decoder, an encoder as large as SigLIP-L/16, 1 + 3 x 3 tokens
         LARGE, intermediate_size=14336, num_key_value_heads=8, vocab_size=128256, rope_theta=500000.0,
         image_size=384, patch_size=16, pool=3),
@@ -203,10 +205,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, position: Tensor, rope: Tensor, remember: Callable | None) -> Tensor:
+    def heads(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, K, D) -> q: (B, H, K, d), k and v: (B, G, K, d)"""
         B, K, _ = x.shape
         q, k, v = (proj(x).view(B, K, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))  # (B, H or G, K, d)
+        return rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x: Tensor, position: Tensor, rope: Tensor, remember: Callable | None) -> Tensor:
+        B, K, _ = x.shape
+        q, k, v = self.heads(x, rope)
         mask = None
         if remember:
             k, v, seen = remember(k, v, position[:, None, :, None])  # (B, G, L, d) twice, (B, 1, L, 1)
@@ -246,6 +253,7 @@ class Block(nn.Module):
 class Output(NamedTuple):
     hidden: Tensor  # (B, T, D) after the last layer, before the final norm
     keep: dict[int, Tensor]  # routed layer -> (B, T) bool, the tokens it computed
+    score: dict[int, Tensor]  # layer with a router -> (B, T) what it said of them
 
 
 class VideoLM(nn.Module):
@@ -259,8 +267,12 @@ class VideoLM(nn.Module):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        learned = [layer for layer, r in enumerate(c.keep) if 0 < r < 1 and c.router == "learned"]
-        self.routers = nn.ModuleDict({str(layer): Router(c.hidden_size) for layer in learned})
+        names = {self.router_of(layer) for layer, r in enumerate(c.keep) if 0 < r < 1}  # shared: one for all
+        self.routers = nn.ModuleDict({name: Router(c.hidden_size) for name in sorted(names - {""})})
+
+    def router_of(self, layer: int) -> str:
+        """The name of a layer's router; "" where scores are not learned."""
+        return {"learned": str(layer), "shared": "shared"}.get(self.config.router, "")
 
     def forward(self, tokens: Tensor, frames: Tensor, groups: Groups, seed: Tensor | None = None,
                 cache: "Cache | None" = None) -> Output:
@@ -276,17 +288,18 @@ class VideoLM(nn.Module):
         position = (start + torch.arange(T, device=tokens.device)).expand(B, T).where(groups.real, PADDING)
         rope = rotations(position, self.config.head_dim, self.config.rope_theta).to(x.dtype)
         seed = tokens.new_zeros(B) if seed is None else seed
-        keep = {}
+        keep, scores = {}, {}
         for layer, (block, r) in enumerate(zip(self.layers, self.config.keep, strict=True)):
             if cache:
                 block = partial(block, remember=partial(cache.append, layer))
             if r == 1:  # nothing is chosen, so nothing is weighed
                 x = block(x, position, rope)
             else:
-                score = self.score(layer, x, groups, position, seed)
-                gate = GATES[self.config.gate] if str(layer) in self.routers else torch.ones_like
+                score, gate = self.score(layer, x, groups, position, seed), torch.ones_like
+                if r > 0 and self.router_of(layer):
+                    scores[layer], gate = score, GATES[self.config.gate]
                 x, keep[layer] = mod.routed_update(block, x, score, groups, r, gate, position, rope)
-        return Output(x, keep)
+        return Output(x, keep, scores)
 
     def embed(self, tokens: Tensor, frames: Tensor) -> Tensor:
         """Text from the embedding table, the vision tokens of the frames in order at the places marked -1."""
@@ -301,8 +314,8 @@ class VideoLM(nn.Module):
 
     def score(self, layer: int, x: Tensor, groups: Groups, position: Tensor, seed: Tensor) -> Tensor:
         """(B, T) what `select` ranks in this layer. At a keep ratio of 0 any score will do."""
-        if str(layer) in self.routers:
-            return self.routers[str(layer)](x)
+        if self.router_of(layer) in self.routers:
+            return self.routers[self.router_of(layer)](x)
         if self.config.router == "random":
             return mod.random_score(position, layer, seed)
         return mod.uniform_score(groups, self.config.keep[layer])
@@ -310,6 +323,22 @@ class VideoLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., vocabulary). Ask only for rows that are read: vision tokens predict nothing."""
         return self.lm_head(self.norm(hidden))
+
+
+@torch.no_grad()
+def layer_ranks(model: VideoLM, tokens: Tensor, frames: Tensor, real: Tensor, softmax: bool = True) -> Tensor:
+    """(B, L) float64, `mod.arank` of each layer of a dense model; arguments: of forward, softmax of arank"""
+    c = model.config
+    if min(c.keep) < 1:
+        raise ValueError(f"ARank must be measured on a dense run, got one of keep {c.keep}")
+    x, position, ranks = model.embed(tokens, frames), torch.ones_like(tokens).cumsum(1) - 1, []
+    rope, still = (rotations(p, c.head_dim, c.rope_theta).to(x.dtype) for p in (position, 0 * position))
+    for block in model.layers:
+        q, k, _ = block.self_attn.heads(block.input_layernorm(x), rope if softmax else still)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, T, d)
+        ranks.append(mod.arank(q, k, real, softmax))
+        x = block(x, position, rope)
+    return torch.stack(ranks, dim=1)
 
 
 def streaming_loss(model: VideoLM, hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
@@ -486,6 +515,12 @@ def parse(cls: type, argv: list[str] | None, doc: str) -> tuple[object, set[str]
         parser.add_argument(name, default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args(argv))
     return cls(**given), set(given)
+
+
+def pick_device(name: str) -> torch.device:
+    if name not in ("", "cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device must be cpu or, where there is one, cuda, got {name}")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def printable(text: str) -> str:

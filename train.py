@@ -3,6 +3,8 @@
     python train.py                 the embedded world, interleaved, keep 0.2
     python train.py --plan dense    the same without routing
     python train.py --data DIR      your own clips and conversations
+    python train.py --task vqa --plan dense --out out/dense
+    python train.py --task vqa --init out/dense --plan arank --out out/gamma
 """
 
 import json
@@ -24,11 +26,17 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import data
+import mod
 import model as models
 from data import Tokenizer
-from eval import pick_device, report
-from mod import GATES, PLACEMENTS, Groups, check_keep_ratio, flops, placement
-from model import VideoLM, check_fields, opt, streaming_loss, write, write_json
+from eval import ranks_of, report
+from mod import GATES, MASKED, PLACEMENTS, Groups, check_keep_ratio, flops, placement
+from model import Config, VideoLM, check_fields, opt, streaming_loss, write, write_json
+
+# What a task takes where no flag says otherwise; of a run that starts from --init, all but the steps.
+TASK_DEFAULTS = {"vqa": {
+    "preset": "deep", "keep": 0.5, "router": "shared", "gate": "unit", "masked": "question",
+    "routing_loss": 0.01, "steps": 1200, "muon_lr": 0.005, "adam_lr": 0.003}}
 
 
 @dataclass(frozen=True)
@@ -43,10 +51,14 @@ class TrainConfig:
     partial: bool = opt(False, "use what can be decoded of damaged clips")
     preset: str = opt("tiny", f"sizes of the model: {', '.join(models.PRESETS)}")
     init: str = opt("", "run folder whose weights to start from, instead of a preset")
-    plan: str = opt("interleaved", f"which layers are routed: {', '.join(PLACEMENTS)}")
+    plan: str = opt("interleaved", f"which layers are routed: arank (by the ARank of the --init run), "
+                                   f"{', '.join(PLACEMENTS)}")
+    dense_layers: int = opt(0, "with --plan arank: layers that stay dense (0: an eighth of them, at most 4)")
     keep: float = opt(0.2, "keep ratio r of the routed layers")
     router: str = opt("learned", f"what scores the tokens: {', '.join(models.ROUTERS)}")
     gate: str = opt("sigmoid", f"turns a score into the weight of the update: {', '.join(GATES)}")
+    masked: str = opt("text", f"text that never skips: {', '.join(MASKED)}")
+    routing_loss: float = opt(0.0, "weight of the routers' cross-entropy towards what they selected")
     sigma: float = opt(1.0, "weight of a decision to speak, against that of a reply token")
     muon_lr: float = opt(0.02, "peak learning rate of hidden matrices (Muon)")
     adam_lr: float = opt(0.002, "peak learning rate of everything else (AdamW)")
@@ -60,29 +72,41 @@ class TrainConfig:
 
     def __post_init__(self):
         check_keep_ratio(self.keep)
-        check_fields(self, may_be_zero=("seed", "keep", "warmup", "sigma"))
+        check_fields(self, may_be_zero=("seed", "keep", "warmup", "sigma", "dense_layers", "routing_loss"))
         data.check_fps(self.fps)
 
     @property
     def folder(self) -> Path:
         """`--out`, or out/ and what tells a run from the default one, so that comparisons do not collide."""
         routed = [f"{self.keep:g}"] if self.plan not in ("dense", "early-exit", "layer-skip") else []
-        other = [value for value in (self.router, self.gate) if value not in ("learned", "sigmoid")]
-        name = [Path(self.data).name or self.task, self.plan, *routed, *other, f"seed{self.seed}"]
+        usual = {"router": "learned", "gate": "sigmoid", "masked": "text"} | TASK_DEFAULTS.get(self.task, {})
+        other = [getattr(self, f) for f in ("router", "gate", "masked") if getattr(self, f) != usual[f]]
+        start = (["converted"] if self.init else []) + [f"seed{self.seed}"]
+        name = [Path(self.data).name or self.task, self.plan, *routed, *other, *start]
         return Path(self.out or f"out/{'-'.join(name)}")
 
 
 def build(cfg: TrainConfig, tokenizer: Tokenizer) -> VideoLM:
     """The model before its first step: drawn from the seed, or another run's weights with routers drawn."""
-    donor = models.load(Path(cfg.init)) if cfg.init else None
+    donor = models.load(Path(cfg.init), models.pick_device(cfg.device)) if cfg.init else None
     sizes = donor.config if donor else replace(models.preset(cfg.preset), vocab_size=len(tokenizer))
-    keep = placement(cfg.plan, sizes.num_hidden_layers, cfg.keep)
-    model = VideoLM(replace(sizes, keep=keep, router=cfg.router, gate=cfg.gate))
+    if cfg.plan == "arank":
+        if donor is None:
+            raise ValueError("init must name a trained dense run for the plan arank, got none")
+        ranks = ranks_of(donor, tokenizer, open_source(cfg, sizes).batch(0, 0, 50))
+        keep = mod.rank_placement(ranks.mean(0).tolist(), cfg.keep, cfg.dense_layers)
+    else:
+        keep = placement(cfg.plan, sizes.num_hidden_layers, cfg.keep)
+    model = VideoLM(replace(sizes, keep=keep, router=cfg.router, gate=cfg.gate, masked=cfg.masked))
     models.initialise(model, cfg.seed)
     if donor:
         wanted = model.state_dict()
         model.load_state_dict(wanted | {name: t for name, t in donor.state_dict().items() if name in wanted})
     return model
+
+
+def open_source(cfg: TrainConfig, sizes: Config) -> data.Source:
+    return data.open_source(cfg.task, cfg.data, cfg.fps, cfg.partial, sizes.image_size)
 
 
 def make_optimizers(model: VideoLM, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -105,8 +129,11 @@ def batch_loss(model: VideoLM, cfg: TrainConfig, b: data.Batch) -> Tensor:
     device = model.lm_head.weight.device
     groups = Groups.plan(b.group, model.config.keep, b.real).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        hidden = model(b.tokens.to(device), b.frames.to(device), groups, b.seed.to(device)).hidden
-        return streaming_loss(model, hidden, b.labels, torch.where(b.decision, cfg.sigma, 1.0))
+        out = model(b.tokens.to(device), b.frames.to(device), groups, b.seed.to(device))
+        loss = streaming_loss(model, out.hidden, b.labels, torch.where(b.decision, cfg.sigma, 1.0))
+        for layer, score in out.score.items():  # summed over layers, as in the code of gamma-MoD
+            loss = loss + cfg.routing_loss * mod.routing_loss(score, out.keep[layer], groups)
+        return loss
 
 
 def train_step(model: VideoLM, optimizers: list, cfg: TrainConfig, b: data.Batch, step: int) -> dict:
@@ -159,8 +186,10 @@ def resume(folder: Path, optimizers: list) -> int:
 
 def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
     """The settings of this run; with --resume those it began with. Raises ValueError if the given clash."""
+    fixed = given | ({"steps"} if cfg.init else set())
+    usual = {name: value for name, value in TASK_DEFAULTS.get(cfg.task, {}).items() if name not in fixed}
+    cfg = replace(cfg, **usual, data=cfg.data and str(Path(cfg.data).resolve()))  # the same from any folder
     file = cfg.folder / "train.json"
-    cfg = replace(cfg, data=cfg.data and str(Path(cfg.data).resolve()))  # the same from any folder
     if not cfg.resume:
         if (cfg.folder / "model.safetensors").exists():
             raise ValueError(f"out must be a new folder, got the run {cfg.folder} (--resume goes on)")
@@ -213,15 +242,14 @@ def activation_memory(model: VideoLM, cfg: TrainConfig, b: data.Batch) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = settings(*models.parse(TrainConfig, argv, __doc__))
-    device, folder, tokenizer = pick_device(cfg.device), cfg.folder, Tokenizer()
+    device, folder, tokenizer = models.pick_device(cfg.device), cfg.folder, Tokenizer()
     model = models.load(folder, device) if cfg.resume else build(cfg, tokenizer).to(device)
-    source = data.open_source(cfg.task, cfg.data, cfg.fps, cfg.partial, model.config.image_size)
+    source = open_source(cfg, model.config)
     optimizers = make_optimizers(model, cfg)
     start = resume(folder, optimizers) if cfg.resume else 0
-
     def batch(step: int) -> data.Batch:
         samples = source.batch(cfg.seed, step, cfg.batch)
-        return data.collate(samples, model.config.tokens_per_frame, tokenizer)
+        return data.collate(samples, model.config.tokens_per_frame, tokenizer, MASKED[model.config.masked])
 
     first = first_line(cfg, model, batch(0))
     print(f"{folder}: {first['parameters']:,} parameters on {device}\n"
@@ -243,8 +271,7 @@ def main(argv: list[str] | None = None) -> None:
             bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {1000 * numbers['seconds']:.0f} ms a step")
             if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                 checkpoint(folder, model, optimizers, step + 1)
-    steps = map(json.loads, (folder / "log.jsonl").read_text().splitlines()[1:])
-    took = median(line["seconds"] for line in steps)
+    took = median(json.loads(line)["seconds"] for line in (folder / "log.jsonl").read_text().splitlines()[1:])
     print(f"median step {1000 * took:.0f} ms")
     report(folder, model.eval(), tokenizer, source, cfg.streams)
 

@@ -1,13 +1,12 @@
 """Layouts, scores, models and streams, valid by construction. Shapes and seeds are drawn, tensors follow."""
 
-from itertools import count
 from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mod import GATES, Groups
+from mod import GATES, MASKED, Groups
 from model import ROUTERS, Config, VideoLM, initialise
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -75,18 +74,20 @@ def tiny(keep: tuple[float, ...], seed: int, device: str, **chosen) -> VideoLM:
 
 @st.composite
 def models(draw, ratios=RATIOS, **fixed) -> VideoLM:
-    """Of any placement, router and gate."""
+    """Of any placement, router, gate and masking."""
     chosen = {"pool": draw(st.integers(1, 2)), "router": draw(st.sampled_from(ROUTERS)),
-              "gate": draw(st.sampled_from(sorted(GATES)))}
+              "gate": draw(st.sampled_from(sorted(GATES))), "masked": draw(st.sampled_from(sorted(MASKED)))}
     keep = tuple(draw(st.lists(ratios, min_size=1, max_size=4)))
     return tiny(keep, draw(SEEDS), draw(st.sampled_from(DEVICES)), **chosen | fixed)
 
 
 class Unit(NamedTuple):
-    """What no chunk may split: a text token, or the vision tokens of a frame."""
+    """What no chunk may split: a text token, or a frame, in gamma-MoD with text that may compete too."""
 
     tokens: list[int]
+    member: list[bool]  # of the unit's group
     pixels: Tensor  # (0 or 1, 3, S, S) uint8
+    late: bool = False
 
 
 class Batch(NamedTuple):
@@ -99,26 +100,31 @@ class Batch(NamedTuple):
 
 
 def unit(config: Config, is_frame: bool, seed: int) -> Unit:
-    tokens = [-1] * config.tokens_per_frame if is_frame else [seed % config.vocab_size]
-    return Unit(tokens, integers(seed, 0, 256, int(is_frame), 3, config.image_size, config.image_size).byte())
+    pixels = integers(seed, 0, 256, int(is_frame), 3, config.image_size, config.image_size).byte()
+    if not is_frame:
+        late = "assistant" not in MASKED[config.masked]
+        return Unit([seed % config.vocab_size], [late], pixels, late)
+    text = integers(seed, 0, config.vocab_size, seed % 4 if config.masked != "text" else 0).tolist()
+    tokens = [*text[:1], *[-1] * config.tokens_per_frame, *text[1:]]
+    return Unit(tokens, [t < 0 or t % 2 == 0 or i == 0 for i, t in enumerate(tokens)], pixels)
 
 
 def collate(model: VideoLM, streams: list[list[Unit]], seed: Tensor, first: int = 0) -> Batch:
-    """Streams -> one right-padded batch; each frame is a group, and they are numbered from `first`."""
+    """Streams -> one right-padded batch; the groups of a stream are numbered from `first`."""
     device, size = model.lm_head.weight.device, model.config.image_size
-    rows, ids = [[t for u in units for t in u.tokens] for units in streams], []
-    for units in streams:
-        number = count(first)
-        ids.append([i for u in units for i in [next(number) if len(u.pixels) else -1] * len(u.tokens)])
+    rows = [[t for u in units for t in u.tokens] for units in streams]
+    ids = [[first + n if m else -1 for n, u in enumerate(units) for m in u.member] for units in streams]
+    late = [[u.late for u in units for _ in u.tokens] for units in streams]
     T, F = max(map(len, rows)), max(sum(len(u.pixels) for u in units) for units in streams)
     real = torch.arange(T) < torch.tensor([[len(row)] for row in rows])
     tokens = torch.tensor([row + [0] * (T - len(row)) for row in rows])
     id = torch.tensor([row + [-1] * (T - len(row)) for row in ids])
+    late = torch.tensor([row + [False] * (T - len(row)) for row in late])
     frames = torch.zeros(len(rows), F, 3, size, size, dtype=torch.uint8)
     for b, units in enumerate(streams):
         pixels = torch.cat([frames[b, :0], *(u.pixels for u in units)])
         frames[b, : len(pixels)] = pixels
-    groups = Groups.plan(id, model.config.keep, real)
+    groups = Groups.plan(id, model.config.keep, real, late)
     return Batch(tokens.to(device), frames.to(device), groups.to(device), seed.to(device))
 
 
@@ -132,7 +138,8 @@ class Watch(NamedTuple):
     def __repr__(self) -> str:
         c = self.model.config
         units = [["".join("tF"[len(u.pixels)] for u in row) for row in chunk] for chunk in self.chunks]
-        return f"Watch(keep={c.keep}, router={c.router}, gate={c.gate}, pool={c.pool}, chunks={units})"
+        chosen = {name: getattr(c, name) for name in ("keep", "router", "gate", "masked", "pool")}
+        return f"Watch({chosen}, chunks={units})"
 
     def streams(self) -> list[list[Unit]]:
         return [[u for chunk in self.chunks for u in chunk[b]] for b in range(len(self.seed))]
@@ -150,6 +157,7 @@ def watches(draw, max_streams=3, together=False, max_chunks=4, **fixed) -> Watch
     seen = few.map(lambda text: [True, *text])
     kinds = [seen, seen | few, few] if together else [turn]
     chunk = st.sampled_from(kinds).flatmap(lambda kind: st.lists(kind, min_size=B, max_size=B))
-    plan, number = draw(st.lists(chunk.filter(any), min_size=1, max_size=max_chunks)), count(draw(SEEDS))
-    chunks = [[[unit(model.config, frame, next(number)) for frame in row] for row in rows] for rows in plan]
-    return Watch(model, chunks, integers(next(number), 0, 1000, B))
+    plan, seed = draw(st.lists(chunk.filter(any), min_size=1, max_size=max_chunks)), draw(SEEDS)
+    chunks = [[[unit(model.config, frame, seed + 99 * i + 9 * b + n) for n, frame in enumerate(row)]
+               for b, row in enumerate(rows)] for i, rows in enumerate(plan)]
+    return Watch(model, chunks, integers(seed, 0, 1000, B))

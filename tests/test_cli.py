@@ -10,7 +10,7 @@ import pytest
 
 import eval as evaluation
 import train
-from eval import PAPER, paper_cost
+from eval import GAMMA_PAPER, PAPER, gamma_cost, paper_cost
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--steps", "1", "--batch", "1", "--streams", "1", "--device", "cpu"]
@@ -23,7 +23,7 @@ SMALL = ["--steps", "1", "--batch", "1", "--streams", "1", "--device", "cpu"]
     (train.main, ["--preset", "huge"], "preset must be one of tiny, .*, got huge"),
     (train.main, ["--router", "magic"], "router must be one of learned, .*, got magic"),
     (train.main, ["--gate", "tanh"], "gate must be one of sigmoid, .*, got tanh"),
-    (train.main, ["--task", "chess"], "task must be one of narration, got chess"),
+    (train.main, ["--task", "chess"], "task must be one of narration, vqa, got chess"),
     (train.main, ["--steps", "0"], "steps must be above 0 and below .*, got 0"),
     (train.main, ["--seed", "-1"], "seed must be at least 0 and below .*, got -1"),
     (train.main, ["--steps", "many"], "invalid int value: 'many'"),
@@ -33,8 +33,11 @@ SMALL = ["--steps", "1", "--batch", "1", "--streams", "1", "--device", "cpu"]
     (train.main, ["--data", "/absent"], "/absent must hold clips"),
     (train.main, ["--init", "/absent"], r"/absent/config\.json must hold the Config"),
     (evaluation.main, ["/absent"], r"/absent/config\.json must hold the Config"),
-    (evaluation.main, ["--threshold", "2"], r"threshold must be in \[0, 1\], got 2"),
-    (evaluation.main, ["--window", "-1"], "window must be at least 0, got -1"),
+    (train.main, ["--plan", "arank"], "init must name a trained dense run for the plan arank, got none"),
+    (train.main, ["--masked", "all"], "masked must be one of text, .*, got all"),
+    (evaluation.main, ["--threshold", "2"], "threshold must be at most 1, got 2"),
+    (evaluation.main, ["--window", "-1"], "window must be at least 0 and below .*, got -1"),
+    (evaluation.main, ["absent", "--table"], "absent must hold runs, got none"),
     (evaluation.main, [], "out/ must hold a run to evaluate"),
 ])
 def test_a_bad_flag_is_refused_in_a_sentence_and_writes_nothing(tmp_path, monkeypatch, main, argv, complaint):
@@ -73,7 +76,33 @@ def test_a_run_is_trained_evaluated_and_drawn(tmp_path, capsys, monkeypatch):
     assert Path("out/mine/routing.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_papers_cost_column_is_reproduced():
+def test_a_dense_run_is_converted_with_two_commands_and_tabled_with_a_third(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = [*SMALL, "--task", "vqa", "--preset", "tiny"]
+    train.main([*small, "--plan", "dense", "--out", "out/dense"])
+    train.main([*small, "--init", "out/dense", "--plan", "arank", "--keep", "0.5", "--out", "out/gamma"])
+    config, settings = (json.loads(Path(f"out/gamma/{n}.json").read_text()) for n in ("config", "train"))
+    assert sorted(config["keep"]) == [0.5, 0.5, 0.5, 1.0] and config["num_hidden_layers"] == 4
+    assert (config["router"], config["gate"], config["masked"]) == ("shared", "unit", "question")
+    assert (settings["routing_loss"], settings["plan"]) == (0.01, "arank")
+    capsys.readouterr()
+    evaluation.main(["out/dense", "--arank", "--device", "cpu"])
+    *ranks, agreement = capsys.readouterr().out.splitlines()
+    kinds = [{"dense": 1.0, "routed": 0.5}[line.split("+-")[1].split()[1]] for line in ranks[1:]]
+    assert kinds == config["keep"] and "Spearman" in agreement  # what --plan arank took
+    with pytest.raises(ValueError, match="ARank must be measured on a dense run"):
+        evaluation.main(["out/gamma", "--arank", "--device", "cpu"])
+    evaluation.main(["out", "--table"])
+    table = capsys.readouterr().out
+    rows = json.loads(Path("out.json").read_text())
+    assert [row["run"] for row in rows] == ["dense", "gamma"] and rows[1]["free_running"]["skipped"] > 0.3
+    assert "| run | answers right | tokens skipped |" in table and "| `gamma` | 0.0% |" in table
+    train.main(["--out", "out/gamma", "--resume", "--device", "cpu"])  # needs no --init and no ARank again
+
+
+def test_the_papers_cost_columns_are_reproduced():
+    for skipped, paper in GAMMA_PAPER:
+        assert gamma_cost(skipped) == pytest.approx(paper, abs=0.05)
     for _, plan, ratio, paper in PAPER:
         assert paper_cost(plan, ratio)[0] == pytest.approx(paper, abs=0.01)
     dense, routed = paper_cost("dense", 1.0), paper_cost("interleaved", 0.2)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
-from data import Folder, Tokenizer, Turn, World, collate, layout, read_conversations, read_video
+from data import VQA, Folder, Tokenizer, Turn, World, collate, layout, read_conversations, read_video
+from mod import MASKED
 
 VIDEOS = Path(__file__).parents[1].parent / "shared" / "videos"
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg to decode videos")
@@ -39,7 +40,7 @@ def test_whatever_bytes_a_model_says_it_can_hear_again(said):
 def test_each_frame_ends_in_a_decision_and_each_reply_follows_its_frame(turns, frames, per_frame):
     tokenizer = Tokenizer()
     turns = [turn for turn in turns if turn.frame < frames]
-    tokens, group, labels = layout(turns, frames, per_frame, tokenizer)
+    tokens, group, labels = layout(turns, frames, per_frame, tokenizer, MASKED["text"])
     assert [g for g in group if g >= 0] == [f for f in range(frames) for _ in range(per_frame)]
     assert all((t == data.VISION) == (g >= 0) for t, g in zip(tokens, group, strict=True))
     assert data.SILENT not in tokens
@@ -60,7 +61,7 @@ def test_unequal_streams_are_padded_to_the_right_without_labels():
     samples = [world.sample(0, "train", i) for i in range(3)]
     early = [turn for turn in samples[1].turns if turn.frame < 3]
     samples[1] = samples[1]._replace(frames=samples[1].frames[:3], turns=early)
-    batch = collate(samples, 2, Tokenizer())
+    batch = collate(samples, 2, Tokenizer(), MASKED["text"])
     for row, real, labels, group in zip(batch.tokens, batch.real, batch.labels, batch.group, strict=True):
         n = int(real.sum())
         assert real[:n].all() and not real[n:].any()
@@ -88,6 +89,28 @@ def test_the_world_shows_exactly_what_it_says():
             for mask in found.values():
                 row, column = (int(axis.mean()) * 3 // 48 for axis in mask.nonzero())
                 assert said[f].endswith(f", {data.ROWS[row]} {data.COLUMNS[column]}.")
+
+
+def test_the_picture_of_a_question_shows_exactly_what_is_answered():
+    for sample in VQA(48).batch(0, 0, 24):
+        *asked, _, described = [turn.text for turn in sample.turns[1:]]
+        seen = {}  # shape -> colour, row, column
+        for thing in described[:-1].split("."):
+            _, colour, shape, row, column = thing.replace(",", "").split()
+            mask = (sample.frames[0] == data.COLOURS[colour]).all(-1)
+            cell = [int(axis.mean()) * 3 // 48 for axis in mask.nonzero()]
+            assert cell == [data.ROWS.index(row), data.COLUMNS.index(column)] and mask.sum() > 20
+            seen[shape] = colour, *cell
+        assert len(seen) == 3 and len(asked) == 2 * 4
+        for question, answer in zip(asked[::2], asked[1::2], strict=True):
+            *_, side, _, _, about = words = question[:-1].split()
+            if words[1] == "colour" or about == "one":
+                colour, shape = (answer[1:], about) if about in seen else (words[-2], answer[1:])
+                assert seen[shape][0] == colour
+            else:
+                _, row, column = seen[about]
+                assert seen[answer[1:]][1:] == (row, column + {"left": -1, "right": 1}[side])
+    assert [len(sample.turns) for sample in VQA(48).held_out(5)] == [3] * 5
 
 
 def make_video(path: Path, seconds: float = 2.0, rate: int = 10, source: str = "testsrc2=size=64x48") -> Path:

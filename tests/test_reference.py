@@ -49,16 +49,17 @@ def block_of(block, c, rows: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]
 def scores_of(model, layer, x, tokens, seed):
     """The scores of the tokens of one group: a list of tensors of one element"""
     c, n = model.config, len(tokens)
-    if c.router == "learned" and c.keep[layer] > 0:
-        return [(model.routers[str(layer)].weight * x[t]).sum() for t in tokens]
+    if c.router in ("learned", "shared") and c.keep[layer] > 0:
+        weight = model.routers["shared" if c.router == "shared" else str(layer)].weight
+        return [(weight * x[t]).sum() for t in tokens]
     if c.router == "random":
         return [random_score(torch.tensor([[t]]), layer, torch.tensor([seed])) for t in tokens]
     k = capacity(n, c.keep[layer])
     return [torch.tensor(i in [math.ceil(m * n / k) for m in range(k)]).int() for i in range(n)]
 
 
-def reference(model, tokens, frames, group, seed):
-    """One stream, its tokens and their groups as lists -> hidden states and the kept tokens of each layer"""
+def reference(model, tokens, frames, group, late, seed):
+    """One stream, its tokens as lists -> hidden states and the kept tokens of each layer"""
     c = model.config
     pixels, encode, project = frames.double() / 127.5 - 1, model.vision_model, model.multi_modal_projector
     vision = iter([row for frame in pixels for row in project(encode(frame[None]))[0]])
@@ -71,7 +72,9 @@ def reference(model, tokens, frames, group, seed):
             score = scores_of(model, layer, x, members, seed)
             order = sorted(range(len(members)), key=lambda i: (-score[i].item(), i))
             for i in order[: capacity(len(members), r)]:
-                weight[members[i]] = WEIGHT[c.gate](score[i]) if c.router == "learned" else 1.0
+                if not late[members[i]] or score[i] >= 0:
+                    learned = c.router in ("learned", "shared")
+                    weight[members[i]] = WEIGHT[c.gate](score[i]) if learned else 1.0
         update = block_of(block, c, {t: x[t] for t in sorted(weight)})
         x = [x[t] + weight[t] * (update[t] - x[t]) if t in weight else x[t] for t in range(len(x))]
         kept_in.append([t in weight for t in range(len(x))])
@@ -92,8 +95,9 @@ def test_the_fast_path_is_the_slow_loop_in_value_and_in_gradient(watch, seed, mi
         n, F = int(batch.groups.real[b].sum()), sum(len(u.pixels) for u in units)
         if n == 0:
             continue
-        tokens, group = batch.tokens[b, :n].tolist(), batch.groups.id[b, :n].tolist()
-        hidden, kept = reference(model, tokens, batch.frames[b, :F], group, int(watch.seed[b]))
+        known = (t[b, :n].tolist() for t in (batch.groups.id, batch.groups.late))
+        hidden, kept = reference(model, batch.tokens[b, :n].tolist(), batch.frames[b, :F], *known,
+                                 int(watch.seed[b]))
         torch.testing.assert_close(fast.hidden[b, :n], hidden, rtol=1e-9, atol=1e-9)
         for layer, keep in fast.keep.items():
             assert keep[b, :n].tolist() == kept[layer]

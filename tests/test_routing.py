@@ -24,38 +24,9 @@ def test_select_keeps_what_a_slow_loop_keeps(case):
         assert [t for t, kept in enumerate(row) if kept] == sorted(chosen)
 
 
-@given(routings(), st.sampled_from([torch.exp, torch.atan, lambda s: 1e6 * s - 3]))
-def test_only_the_order_of_the_scores_matters(case, increasing):
-    assert torch.equal(keep_of(case), keep_of(case._replace(score=increasing(case.score))))
-
-
-@given(routings())
-def test_batch_neighbours_and_padding_change_nothing(case):
-    keep = keep_of(case)
-    assert not (keep & ~case.real).any()
-    for b, n in enumerate(case.real.sum(1).tolist()):
-        alone = case._replace(id=case.id[b : b + 1, :n], real=None, score=case.score[b : b + 1, :n])
-        assert n == 0 or torch.equal(keep[b, :n], keep_of(alone)[0])
-
-
-@given(routings(), st.integers(1, 9), st.integers(0, 99))
-def test_group_numbers_are_only_names(case, factor, offset):
-    names = case.id * factor + offset * torch.arange(len(case.id))[:, None]  # others in each stream
-    renamed = torch.where(case.id >= 0, names, -1)
-    assert torch.equal(keep_of(case), keep_of(case._replace(id=renamed)))
-
-
 def test_a_batch_may_have_more_groups_than_a_stream_has_tokens():
     groups = Groups.plan(torch.arange(8).view(4, 2), (0.5,))
     assert groups.size.tolist() == [[1, 1]] * 4 and groups.before.tolist() == [[0, 1]] * 4
-
-
-@given(routings(), SEEDS, st.integers(0, 3))
-def test_no_later_group_decides_what_an_earlier_one_keeps(case, seed, first):
-    later = case.id >= first
-    changed = torch.where(later, integers(seed, -2, 3, *case.id.shape).double(), case.score)
-    keep, other = keep_of(case), keep_of(case._replace(score=changed))
-    assert torch.equal(keep[~later], other[~later])
 
 
 @given(routings(), SEEDS, st.integers(0, 40), st.integers(0, 31))

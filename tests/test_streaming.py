@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import DEVICES, SEEDS, Batch, Watch, collate, tiny, unit, watches
+from strategies import DEVICES, Batch, Watch, collate, tiny, unit, watches
 from torch import Tensor
 
-from mod import PADDING, Groups
+from mod import MASKED, PADDING, Groups
 from model import Cache, Output, rotations
 
 
@@ -31,7 +31,7 @@ def chunked(watch: Watch, cache: Cache | None = None) -> list[tuple[Tensor, Tens
     cache, first, pieces = cache or new_cache(watch), 0, []
     for chunk in watch.chunks:
         batch = collate(watch.model, chunk, watch.seed, first)
-        first += batch.frames.shape[1]
+        first = max(first, int(batch.groups.id.max()) + 1)
         pieces.append((batch, watch.model(*batch, cache)))
     return by_stream(len(watch.model.layers), pieces)
 
@@ -72,27 +72,16 @@ def test_each_layer_holds_the_tokens_that_it_computed_and_no_other(watch):
     for b, (_, keep) in enumerate(chunked(watch, cache)):
         for layer, computed in enumerate(keep):
             assert held(cache, layer, b) == computed.nonzero()[:, 0].tolist()
-            assert len(watch.seed) > 1 or cache.length[layer] == computed.sum()
+            if len(watch.seed) == 1 and "assistant" in MASKED[watch.model.config.masked]:  # no room is lost
+                assert cache.length[layer] == computed.sum()
 
 
-@given(watches(), SEEDS, st.integers(0, 4))
-def test_a_frame_never_sees_a_later_frame(watch, seed, first):
-    whole = watch.whole()
-    later = torch.arange(whole.frames.shape[1]) >= first
-    other = (whole.frames.cpu() + 1 + seed % 255).to(torch.uint8)
-    frames = torch.where(later[:, None, None, None], other, whole.frames.cpu()).to(whole.frames.device)
-    before = (whole.groups.id >= first).cumsum(1) == 0
-    out, changed = watch.model(*whole), watch.model(*whole._replace(frames=frames))
-    assert torch.equal(out.hidden[before], changed.hidden[before])
-    assert all(torch.equal(out.keep[layer][before], changed.keep[layer][before]) for layer in out.keep)
-
-
-@given(watches(max_chunks=2), st.integers(1, 4))
+@given(watches(max_chunks=2, masked="text"), st.integers(1, 4))
 def test_a_chunk_that_splits_a_frame_is_refused(watch, cut):
     whole, cache = watch.whole(), new_cache(watch)
     assume((whole.groups.id[0] >= 0).any())
     at = int((whole.groups.id[0] >= 0).int().argmax()) + min(cut, watch.model.config.tokens_per_frame - 1)
-    with pytest.raises(ValueError, match=r"^a chunk must not split a group, got 0 again$"):
+    with pytest.raises(ValueError, match=r"^a chunk must not split a group, got \d+ again$"):
         for part in (slice(0, at), slice(at, None)):
             groups = Groups.plan(whole.groups.id[:, part].cpu(), watch.model.config.keep)
             watch.model(whole.tokens[:, part], whole.frames, groups.to(whole.seed.device), whole.seed, cache)
@@ -126,7 +115,7 @@ class Everything(Cache):
         return [k, v, at.where(torch.tensor(stays, device=at.device)[:, None, :, None], PADDING)]
 
 
-@given(watches(together=True, max_chunks=10), st.integers(1, 3))
+@given(watches(together=True, max_chunks=10, masked="question+answer"), st.integers(1, 3))
 def test_a_window_hides_all_but_the_first_text_and_the_last_frames(watch, window):
     cache, slow = new_cache(watch, window), new_cache(watch, window, Everything)
     streams = chunked(watch, slow)
@@ -136,16 +125,9 @@ def test_a_window_hides_all_but_the_first_text_and_the_last_frames(watch, window
             assert held(cache, layer, b) == [t for t in computed.nonzero()[:, 0].tolist() if slow.stays(b, t)]
 
 
-@given(watches(together=True, max_chunks=6), st.integers(0, 2))
-def test_until_the_first_eviction_a_window_changes_no_bit(watch, more):
-    frames = max(sum(len(u.pixels) for u in stream) for stream in watch.streams())
-    windowed, free = chunked(watch, new_cache(watch, max(1, frames + more))), chunked(watch)
-    assert_same(windowed, free)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(windowed, free, strict=True))
-
-
 @settings(max_examples=5)
-@given(watches(together=True, max_chunks=1, ratios=st.sampled_from([0.0, 0.5, 1.0])), st.integers(1, 3))
+@given(watches(together=True, max_chunks=1, ratios=st.sampled_from([0.0, 0.5, 1.0]), masked="text"),
+       st.integers(1, 3))
 def test_the_memory_of_an_endless_stream_is_bounded(watch, window):
     B, c, cache = len(watch.seed), watch.model.config, new_cache(watch, window)
     turns = [[unit(c, is_frame, n) for is_frame in (True, False)] for n in range(60)]
