@@ -267,8 +267,8 @@ class VideoLM(nn.Module):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        names = {self.router_of(layer) for layer, r in enumerate(c.keep) if 0 < r < 1}  # shared: one for all
-        self.routers = nn.ModuleDict({name: Router(c.hidden_size) for name in sorted(names - {""})})
+        names = [self.router_of(layer) for layer, r in enumerate(c.keep) if 0 < r < 1]  # shared: one for all
+        self.routers = nn.ModuleDict({name: Router(c.hidden_size) for name in names if name})
 
     def router_of(self, layer: int) -> str:
         """The name of a layer's router; "" where scores are not learned."""
@@ -362,7 +362,8 @@ def initialise(model: VideoLM, seed: int) -> VideoLM:
             std = 0.5 if "embed_tokens" in name or "position_embedding" in name else p[0].numel() ** -0.5
             p.normal_(0, std * (0.3 if name.split(".")[-2] in outputs else 1), generator=generator)
         elif name.startswith("routers") or "class_embedding" in name:
-            p.normal_(0, p.numel() ** -0.5, generator=generator)
+            tenth = 0.1 if name.startswith("routers") and model.config.gate == "unit" else 1  # weights near 1
+            p.normal_(0, tenth * p.numel() ** -0.5, generator=generator)
         else:
             p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
     return model
