@@ -16,6 +16,7 @@ import zlib
 from collections import deque
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +61,13 @@ class Tokenizer:
         return b"".join(self.pieces[i] for i in ids).decode(errors="surrogateescape")
 
 
+def tokenizer_for(vocab_size: int) -> Tokenizer:
+    """The tokenizer of a model. Raises ValueError if it was trained with another vocabulary."""
+    if len(tokenizer := Tokenizer()) != vocab_size:
+        raise ValueError(f"vocab_size must be {len(tokenizer)}, the words of data.WORDS, got {vocab_size}")
+    return tokenizer
+
+
 # --- the sequence -------------------------------------------------------------------------------------------
 
 
@@ -99,7 +107,9 @@ def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tok
     """The token sequence of a stream -> [tokens, group, labels], each of T ints (see Batch).
 
     masked: the roles whose text belongs to no group. Other text is in the group of the frame that it comes
-    before or replies to (after the last frame: of that one), so that a stream stays causal, frame by frame.
+    before; after the last frame, of that one. `<frame>`, and what is said of a frame, never skips: a group
+    that went on after the decision to speak would tell it. Where questions never skip, neither does the
+    `<assistant>` that hands over to the answer.
     """
     tokens, group, labels = [], [], []
 
@@ -109,9 +119,11 @@ def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tok
         labels.extend(targets or [-100] * len(ids))
 
     def say(turn: Turn) -> None:
-        ids = turn_tokens(tokenizer, turn.role, turn.text)
-        targets = [*ids[1:], -100] if turn.role == "assistant" else None
-        add(ids, -1 if turn.role in masked else min(turn.frame, frames - 1), targets)
+        ids, answers = turn_tokens(tokenizer, turn.role, turn.text), turn.role == "assistant"
+        never = turn.role in masked or (answers and turn.frame < frames)
+        add(ids, -1 if never else min(turn.frame, frames - 1), [*ids[1:], -100] if answers else None)
+        if answers and "user" in masked:
+            group[-len(ids)] = -1
 
     for frame in range(frames):
         here = [turn for turn in turns if turn.frame == frame]
@@ -201,8 +213,8 @@ class World:
 class VQA(World):
     """One frame with three shapes, each in a colour and a cell of its own, and questions with exact answers.
 
-    A sample to learn from asks once of each shape and once of a neighbour, and ends in a description of the
-    picture; so no answer can be read off an earlier one. A held-out sample is one such question.
+    A sample to learn from asks once of each shape and once of a neighbour, in any order, and ends in a
+    description of the picture. A held-out sample is one such question.
     """
 
     kind, asks = "held-out questions", True
@@ -414,3 +426,19 @@ def read_settings(file: Path) -> dict:
     except (OSError, ValueError, TypeError, KeyError) as error:
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"{file} must be JSON with {', '.join(keys)}, got {why}") from None
+
+
+def collect(folder: Path) -> list[dict]:
+    """What each run in a folder began with and came to, a row a run."""
+    rows = []
+    for file in sorted(folder.glob("*/eval.json")):
+        try:
+            result = json.loads(file.read_text())
+            first, *steps = map(json.loads, (file.parent / "log.jsonl").read_text().splitlines())
+            result["free_running"]["seconds_per_step"] = round(median(step["seconds"] for step in steps), 4)
+            rows.append({"run": file.parent.name, **first, **result})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file.parent} must be an evaluated run: {error!r}") from None
+    if rows:
+        return rows
+    raise ValueError(f"{folder} must hold runs, got none")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -126,7 +126,7 @@ def replies(sample: Sample) -> dict[int, str]:
 
 def cut(sample: Sample, frame: int, frames: int, reply: list[Turn]) -> Sample:
     """The stream as it was before `frame`, with this reply there, and none after it; `frames` long."""
-    before = [turn for turn in sample.turns if turn.role == "user" or turn.frame < frame]
+    before = [t for t in sample.turns if t.frame < (frame if t.role == "assistant" else frames)]
     return sample._replace(turns=before + reply, frames=sample.frames[:frames])
 
 
@@ -163,7 +163,7 @@ def gather_evidence(model: VideoLM, tokenizer: Tokenizer, truth: list[Sample], h
 def evaluate(model: VideoLM, tokenizer: Tokenizer, truth: list[Sample], fps: float,
              threshold: float = 0.0) -> tuple[dict, list[Sample]]:
     """Score streams both ways -> {"teacher_forced": {...}, "free_running": {...}, ...}, and what was said"""
-    own = [s._replace(turns=[turn for turn in s.turns if turn.role == "user"] + said)
+    own = [s._replace(turns=[turn for turn in s.turns if turn.role != "assistant"] + said)
            for s, said in zip(truth, free_run(model, tokenizer, truth, threshold), strict=True)]
     result: dict = {"streams": len(truth), "threshold": threshold}
     for name, heard in (("teacher_forced", truth), ("free_running", own)):
@@ -196,8 +196,6 @@ class Watcher:
         self.kept: dict[int, Tensor] = {}  # routed layer -> (B, P) bool, what it computed of the last frame
         self.masked, P = MASKED[model.config.masked], model.config.tokens_per_frame
         self.layout = partial(data.layout, tokens_per_frame=P, tokenizer=tokenizer, masked=self.masked)
-        if window and "assistant" not in self.masked:
-            raise ValueError(f"with a window, masked must include the answer, got {model.config.masked}")
 
     @torch.no_grad()
     def feed(self, rows: list[list[list[int]]], frames: Tensor | None = None, late: bool = False) -> Tensor:
@@ -235,10 +233,11 @@ class Watcher:
         return [text if s else None for text, s in zip(self.reply(spoke), spoke, strict=True)]
 
     def reply(self, speaking: list[bool], logits: Tensor | None = None) -> list[str]:
-        """Let these streams speak; logits: (B, vocabulary) after `<assistant>` if that has been fed"""
+        """Let these streams speak of a frame; or answer a prompt, from the logits (B, vocabulary) after it"""
         said: list[list[int]] = [[] for _ in speaking]
         barred = [i for i in range(len(data.SPECIAL)) if i != data.END]  # a reply is only text, then `<end>`
         token = [data.ASSISTANT for _ in speaking]
+        group = -1 if logits is None or "assistant" in self.masked else 0
         while any(speaking):
             if logits is not None:
                 logits[:, barred] = -math.inf
@@ -246,7 +245,6 @@ class Watcher:
                          for best, ids in zip(logits.argmax(-1).tolist(), said, strict=True)]
                 for b, ids in enumerate(said):
                     ids.extend([token[b]] if speaking[b] and token[b] != data.END else [])
-            group = -1 if "assistant" in self.masked else 0
             rows = [[[t], [group]] if now else [[], []] for t, now in zip(token, speaking, strict=True)]
             logits = self.feed(rows, late=True)
             speaking = [now and t != data.END for t, now in zip(token, speaking, strict=True)]
@@ -298,7 +296,7 @@ def narrate(watcher: Watcher, frames: Iterator[np.ndarray], fps: float, query: s
     took = time.perf_counter() - began
     write(drawing, lambda path: path.write_bytes(data.picture(*zip(*shown, strict=True))))
     print(f"{count} frames, {count / fps:.1f} s of video in {took:.1f} s: {1000 * took / count:.0f} ms each\n"
-          f"tokens in the cache of each layer: {', '.join(map(str, watcher.cache.length))}\n"
+          f"tokens in the cache of each layer: {', '.join(map(str, watcher.computed()[0].tolist()))}\n"
           f"routing drawn in {drawing}")
 
 
@@ -310,7 +308,7 @@ def evaluate_answers(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample]
     """Ask each sample its last question -> {"free_running": {...}, ...}, and what was answered
 
     accuracy: share of answers word for word right;  skipped: of all tokens, answers too, in the routed layers
-    flops_of_dense: with the encoder, over those of computing every token in every layer
+    flops_of_dense: of what the rule computes, with the encoder, over every token in every layer
     """
     said, c, began = [], model.config, time.perf_counter()
     passed, macs, routed = torch.zeros(2), torch.zeros(2), torch.tensor(c.keep) < 1  # pairs: computed, given
@@ -348,7 +346,7 @@ def print_ranks(model: VideoLM, tokenizer: Tokenizer, source: data.Source, sampl
         bar, kind = "#" * round(40 * float(mean[layer] / mean.max())), "dense" if r == 1 else "routed"
         print(f"layer {layer:2} {mean[layer]:7.1f} +-{spread[layer]:5.1f}  {kind:6}  {bar}")
     order = torch.stack([m.argsort().argsort().double() for m in (mean, others.mean(0))])
-    print(f"{len(others)} others order the layers alike: Spearman {torch.corrcoef(order)[0, 1]:.2f}")
+    print(f"Spearman correlation with a second batch of {len(others)}: {torch.corrcoef(order)[0, 1]:.2f}")
 
 
 # --- pictures and tables ------------------------------------------------------------------------------------
@@ -375,7 +373,7 @@ METRICS = (  # title, key, form; those indented correct a quirk of the one above
     ("decisions right", "decision_accuracy", "{:.1%}"), ("replies said right", "said_right", "{:.1%}"),
     ("  said wrong", "said_wrong", "{:.1%}"), ("answers right", "accuracy", "{:.1%}"),
     ("tokens skipped", "skipped", "{:.1%}"), ("FLOPs of dense", "flops_of_dense", "{:.1%}"),
-    ("time an answer", "seconds_per_answer", "{:.4f} s"), ("training step", "seconds_per_step", "{:.3f} s"))
+    ("time per answer", "seconds_per_answer", "{:.4f} s"), ("training step", "seconds_per_step", "{:.3f} s"))
 
 
 def report(folder: Path, model: VideoLM, tokenizer: Tokenizer, source: data.Source, streams: int,
@@ -406,36 +404,24 @@ def report(folder: Path, model: VideoLM, tokenizer: Tokenizer, source: data.Sour
     print(f"the routing of the first is drawn in {folder / 'routing.png'}")
 
 
-def collect(folder: Path) -> list[dict]:
-    """What each run in a folder began with and came to, a row a run."""
-    rows = []
-    for file in sorted(folder.glob("*/eval.json")):
-        result = json.loads(file.read_text())
-        first, *steps = map(json.loads, (file.parent / "log.jsonl").read_text().splitlines())
-        result["free_running"]["seconds_per_step"] = round(median(step["seconds"] for step in steps), 4)
-        rows.append({"run": file.parent.name, **first, **result})
-    if rows:
-        return rows
-    raise ValueError(f"{folder} must hold runs, got none")
-
-
 def print_tables(folder: str) -> None:
     """The tables of results/*.json; or that of the runs in a folder, which is written to folder.json"""
     if folder := folder.rstrip("/"):
-        write_json(Path(f"{folder}.json"), collect(Path(folder)))
-    for file in [Path(f"{folder}.json")] if folder else sorted(Path("results").glob("*.json")):
+        write_json(Path(f"{folder}.json"), data.collect(Path(folder)))
+    for file in [Path(f"{folder}.json")] if folder else sorted(Path(__file__).parent.glob("results/*.json")):
         print(f"{file}\n\n{table(json.loads(file.read_text()))}\n")
 
 
 def table(rows: list[dict]) -> str:
     """Markdown, free-running; in a cell the values of all seeds of a run, one if they read the same"""
-    columns = [metric for metric in METRICS if metric[1] in rows[0]["free_running"] and metric[0][0] != " "]
+    known = {key for row in rows for key in row["free_running"]}
+    columns = [metric for metric in METRICS if metric[1] in known and metric[0][0] != " "]
     lines = [f"| run | {' | '.join(title for title, _, _ in columns)} |", "|---" * (len(columns) + 1) + "|"]
     runs: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["seed"]):
         runs.setdefault(row["run"].split("-seed")[0], []).append(row["free_running"])
     for name, seeds in sorted(runs.items()):
-        cells = ([form.format(seed[key]) for seed in seeds] for _, key, form in columns)
+        cells = ([form.format(s[key]) for s in seeds if key in s] or ["-"] for _, key, form in columns)
         lines.append(f"| `{name}` | {' | '.join(' / '.join(c if len({*c}) > 1 else c[:1]) for c in cells)} |")
     return "\n".join(lines)
 
@@ -523,7 +509,8 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.table:
         return print_tables(cfg.run)
     folder = Path(cfg.run) if cfg.run else data.newest_run()
-    model, tokenizer = load(folder, models.pick_device(cfg.device)).eval(), Tokenizer()
+    model = load(folder, models.pick_device(cfg.device)).eval()
+    tokenizer = data.tokenizer_for(model.config.vocab_size)
     trained = data.read_settings(folder / "train.json")
     if cfg.watch:
         watcher = Watcher(model, tokenizer, torch.zeros(1).long(), cfg.threshold, cfg.window or None)

@@ -375,9 +375,9 @@ def initialise(model: VideoLM, seed: int) -> VideoLM:
 class Cache:
     """Keys and values of B streams. Each layer holds only the tokens that it computed.
 
-    Where streams differ in how many those are, the rest is rows of position PADDING. A position comes from
-    one counter a stream, never from the length of a layer, and stays with its token. So one rule serves full,
-    routed and evicted layers and streams of any length: a query sees what is not later.
+    Where streams differ in how many those are, or a late token skips, the rest is rows of position PADDING.
+    A position comes from one counter a stream, never from the length of a layer, and stays with its token. So
+    one rule serves full, routed and evicted layers, streams of any length: a query sees what is not later.
     Within a stream, group ids must grow from chunk to chunk.
     window: None, or W: the first text stays, and the last W frames, each with the text that follows it
     """

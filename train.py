@@ -31,9 +31,9 @@ import model as models
 from data import Tokenizer
 from eval import ranks_of, report
 from mod import GATES, MASKED, PLACEMENTS, Groups, check_keep_ratio, flops, placement
-from model import Config, VideoLM, check_fields, opt, streaming_loss, write, write_json
+from model import VideoLM, check_fields, opt, streaming_loss, write, write_json
 
-# What a task takes where no flag says otherwise; of a run that starts from --init, all but the steps.
+# What a task takes where no flag says otherwise (all but the steps if it starts from --init).
 TASK_DEFAULTS = {"vqa": {
     "preset": "deep", "keep": 0.5, "router": "shared", "gate": "unit", "masked": "question",
     "routing_loss": 0.01, "steps": 1200, "muon_lr": 0.005, "adam_lr": 0.003}}
@@ -45,7 +45,7 @@ class TrainConfig:
     steps: int = opt(400, "optimizer steps")
     batch: int = opt(16, "streams a step")
     seed: int = opt(0, "of the weights and of the batches")
-    task: str = opt("narration", f"what happens in the embedded world: {', '.join(data.TASKS)}")
+    task: str = opt("narration", f"embedded world: {', '.join(data.TASKS)} (with gamma-MoD's defaults)")
     data: str = opt("", "folder of clips and .jsonl conversations to learn instead")
     fps: float = opt(2.0, "frames a second to read of clips")
     partial: bool = opt(False, "use what can be decoded of damaged clips")
@@ -86,14 +86,15 @@ class TrainConfig:
         return Path(self.out or f"out/{'-'.join(name)}")
 
 
-def build(cfg: TrainConfig, tokenizer: Tokenizer) -> VideoLM:
-    """The model before its first step: drawn from the seed, or another run's weights with routers drawn."""
+def build(cfg: TrainConfig) -> VideoLM:
+    """The model before its first step: drawn from the seed, but for the weights that another run has."""
     donor = models.load(Path(cfg.init), models.pick_device(cfg.device)) if cfg.init else None
-    sizes = donor.config if donor else replace(models.preset(cfg.preset), vocab_size=len(tokenizer))
+    sizes = donor.config if donor else replace(models.preset(cfg.preset), vocab_size=len(Tokenizer()))
     if cfg.plan == "arank":
         if donor is None:
             raise ValueError("init must name a trained dense run for the plan arank, got none")
-        ranks = ranks_of(donor, tokenizer, open_source(cfg, sizes).batch(0, 0, 50))
+        source = data.open_source(cfg.task, cfg.data, cfg.fps, cfg.partial, sizes.image_size)
+        ranks = ranks_of(donor, data.tokenizer_for(sizes.vocab_size), source.batch(0, 0, 50))
         keep = mod.rank_placement(ranks.mean(0).tolist(), cfg.keep, cfg.dense_layers)
     else:
         keep = placement(cfg.plan, sizes.num_hidden_layers, cfg.keep)
@@ -103,10 +104,6 @@ def build(cfg: TrainConfig, tokenizer: Tokenizer) -> VideoLM:
         wanted = model.state_dict()
         model.load_state_dict(wanted | {name: t for name, t in donor.state_dict().items() if name in wanted})
     return model
-
-
-def open_source(cfg: TrainConfig, sizes: Config) -> data.Source:
-    return data.open_source(cfg.task, cfg.data, cfg.fps, cfg.partial, sizes.image_size)
 
 
 def make_optimizers(model: VideoLM, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -242,18 +239,20 @@ def activation_memory(model: VideoLM, cfg: TrainConfig, b: data.Batch) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = settings(*models.parse(TrainConfig, argv, __doc__))
-    device, folder, tokenizer = models.pick_device(cfg.device), cfg.folder, Tokenizer()
-    model = models.load(folder, device) if cfg.resume else build(cfg, tokenizer).to(device)
-    source = open_source(cfg, model.config)
+    device, folder = models.pick_device(cfg.device), cfg.folder
+    model = models.load(folder, device) if cfg.resume else build(cfg).to(device)
+    tokenizer = data.tokenizer_for(model.config.vocab_size)
+    source = data.open_source(cfg.task, cfg.data, cfg.fps, cfg.partial, model.config.image_size)
     optimizers = make_optimizers(model, cfg)
     start = resume(folder, optimizers) if cfg.resume else 0
+
     def batch(step: int) -> data.Batch:
         samples = source.batch(cfg.seed, step, cfg.batch)
         return data.collate(samples, model.config.tokens_per_frame, tokenizer, MASKED[model.config.masked])
 
     first = first_line(cfg, model, batch(0))
     print(f"{folder}: {first['parameters']:,} parameters on {device}\n"
-          f"keep {', '.join(f'{r:g}' for r in model.config.keep)}: {first['flops_of_dense']:.0%} of the "
+          f"keep {', '.join(f'{r:g}' for r in model.config.keep)}\n{first['flops_of_dense']:.0%} of the "
           f"dense FLOPs, {first['activations_mib']:.0f} MiB of activations a step")
     if not cfg.resume:
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import eval as evaluation
+import model as models
 import train
 from eval import GAMMA_PAPER, PAPER, gamma_cost, paper_cost
+from model import VideoLM, load
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--steps", "1", "--batch", "1", "--streams", "1", "--device", "cpu"]
@@ -98,6 +101,11 @@ def test_a_dense_run_is_converted_with_two_commands_and_tabled_with_a_third(tmp_
     assert [row["run"] for row in rows] == ["dense", "gamma"] and rows[1]["free_running"]["skipped"] > 0.3
     assert "| run | answers right | tokens skipped |" in table and "| `gamma` | 0.0% |" in table
     train.main(["--out", "out/gamma", "--resume", "--device", "cpu"])  # needs no --init and no ARank again
+    models.save(Path("out/old"), VideoLM(replace(load(Path("out/dense")).config, vocab_size=9)))
+    convert = ["--init", "out/old", "--plan", "arank"]
+    for main, argv in ((evaluation.main, ["out/old"]), (train.main, convert)):
+        with pytest.raises(ValueError, match=r"vocab_size must be \d+, the words of data\.WORDS, got 9"):
+            main(argv)
 
 
 def test_the_papers_cost_columns_are_reproduced():

@@ -235,8 +235,3 @@ def test_a_clip_that_cannot_be_read_is_named_with_its_line(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n" + json.dumps({"video": "absent.mp4", "conversation": [TURN]}))
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: .*(absent\.mp4 must be|ffmpeg must be)"):
         Folder(tmp_path, size=16)
-
-
-def test_a_folder_without_annotations_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"must hold clips and a \.jsonl file"):
-        Folder(tmp_path, size=16)

@@ -55,10 +55,24 @@ def test_masked_text_belongs_to_no_group_and_all_else_to_that_of_the_image(syste
     before = len(TOKENIZER.encode(system)) + 1
     expected = [-1 if "system" in MASKED[masked] else 0] * before + [0] * P + [-1]  # `<frame>` never skips
     for turn in turns:
-        length = 2 + len(TOKENIZER.encode(turn.text))  # with the tokens that open and close it
-        expected += [-1 if turn.role in MASKED[masked] else 0] * length
+        opening = -1 if "user" in MASKED[masked] else 0  # `<assistant>` ends what asks
+        length = 1 + len(TOKENIZER.encode(turn.text))  # with `<end>`
+        expected += [opening] + [-1 if turn.role in MASKED[masked] else 0] * length
     assert group == expected
     assert [i for i, t in enumerate(tokens) if t == data.VISION] == [*range(before, before + P)]
+
+
+@pytest.mark.parametrize("masked", sorted(MASKED))
+def test_a_decision_to_speak_is_made_without_what_is_then_said(masked):
+    config = Config(vocab_size=len(TOKENIZER), keep=(0.5,) * 4, router="shared", masked=masked)
+    model, silent = initialise(VideoLM(config), 0).double(), data.World(48, frames=2).held_out(1)[0]
+    hidden = []
+    for said in ([], [Turn(1, "assistant", "A red disc.")]):
+        heard = silent._replace(turns=[Turn(0, "user", "Go."), *said])
+        batch = data.collate([heard], config.tokens_per_frame, TOKENIZER, MASKED[masked])
+        out = model(batch.tokens, batch.frames, Groups.plan(batch.group, config.keep))
+        hidden.append(out.hidden[batch.decision])
+    torch.testing.assert_close(*hidden, rtol=0, atol=1e-12)
 
 
 @given(ROUTED)
@@ -102,16 +116,11 @@ def test_an_answer_given_token_by_token_is_that_of_one_pass_over_the_same_groups
         assert watcher.computed()[b].tolist() == counts
 
 
-def test_a_window_needs_answers_that_never_skip():
-    with pytest.raises(ValueError, match=r"^with a window, masked must include the answer, got question$"):
-        Watcher(VideoLM(Config(masked="question")), TOKENIZER, torch.zeros(1), window=2)
-
-
 def test_converted_at_keep_one_a_dense_run_is_itself_bit_for_bit_and_a_unit_weight_starts_at_one(tmp_path):
     dense = initialise(VideoLM(Config(vocab_size=len(TOKENIZER))), 0)
     save(tmp_path, dense)
     chosen = {"plan": "all", "keep": 1.0, "gate": "unit", "router": "shared", "masked": "question"}
-    converted = train.build(train.TrainConfig(init=str(tmp_path), **chosen), TOKENIZER)
+    converted = train.build(train.TrainConfig(init=str(tmp_path), **chosen))
     batch = data.collate(VQA(48).held_out(3), 37, TOKENIZER, MASKED["question"])
     groups = Groups.plan(batch.group, converted.config.keep, batch.real)
     a, b = (model(batch.tokens, batch.frames, groups).hidden for model in (dense, converted))

@@ -86,7 +86,7 @@ def test_a_loaded_model_is_the_saved_one_with_its_placement(tmp_path):
 
 def test_a_run_begun_from_another_has_its_weights_and_new_routers(whole, tmp_path):
     cfg = train.TrainConfig(init=str(whole), plan="all", keep=0.5, gate="unit")
-    model = train.build(cfg, train.Tokenizer())
+    model = train.build(cfg)
     assert model.config.keep == (0.5,) * 4 and len(model.routers) == 4
     donor = weights(whole)
     assert all(torch.equal(t, donor[name]) for name, t in model.state_dict().items() if name in donor)
