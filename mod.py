@@ -103,7 +103,7 @@ def rank_placement(ranks: list[float], keep_ratio: float, dense_layers: int = 0)
 
 
 MASKED: dict[str, tuple[str, ...]] = {  # whose text belongs to no group, so that it never skips
-    "text": ("system", "user", "assistant"),  # VideoLLM-MoD; the others are gamma-MoD, by default "question"
+    "text": ("system", "user", "assistant"),  # VideoLLM-MoD; the others are gamma-MoD, in the paper "question"
     "none": (), "question": ("user",), "question+answer": ("user", "assistant")}
 
 

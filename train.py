@@ -35,7 +35,7 @@ from model import VideoLM, check_fields, opt, streaming_loss, write, write_json
 
 # What a task takes where no flag says otherwise (all but the steps if it starts from --init).
 TASK_DEFAULTS = {"vqa": {
-    "preset": "deep", "keep": 0.5, "router": "shared", "gate": "unit", "masked": "question",
+    "preset": "deep", "keep": 0.5, "router": "shared", "gate": "unit", "masked": "question+answer",
     "routing_loss": 0.01, "steps": 1200, "muon_lr": 0.005, "adam_lr": 0.003}}
 
 

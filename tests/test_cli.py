@@ -86,7 +86,7 @@ def test_a_dense_run_is_converted_with_two_commands_and_tabled_with_a_third(tmp_
     train.main([*small, "--init", "out/dense", "--plan", "arank", "--keep", "0.5", "--out", "out/gamma"])
     config, settings = (json.loads(Path(f"out/gamma/{n}.json").read_text()) for n in ("config", "train"))
     assert sorted(config["keep"]) == [0.5, 0.5, 0.5, 1.0] and config["num_hidden_layers"] == 4
-    assert (config["router"], config["gate"], config["masked"]) == ("shared", "unit", "question")
+    assert (config["router"], config["gate"], config["masked"]) == ("shared", "unit", "question+answer")
     assert (settings["routing_loss"], settings["plan"]) == (0.01, "arank")
     capsys.readouterr()
     evaluation.main(["out/dense", "--arank", "--device", "cpu"])
