@@ -103,8 +103,8 @@ def rank_placement(ranks: list[float], keep_ratio: float, dense_layers: int = 0)
 
 
 MASKED: dict[str, tuple[str, ...]] = {  # whose text belongs to no group, so that it never skips
-    "text": ("system", "user", "assistant"),  # VideoLLM-MoD; the others are gamma-MoD, in the paper "question"
-    "none": (), "question": ("user",), "question+answer": ("user", "assistant")}
+    "text": ("system", "user", "assistant"),  # VideoLLM-MoD; the others are of gamma-MoD
+    "none": (), "question": ("user",), "question+answer": ("user", "assistant")}  # the paper: "question"
 
 
 @dataclass(frozen=True)
