@@ -28,7 +28,6 @@ SYSTEM, DESCRIBE = "Answer the questions about the picture.", "Describe it."
 
 # --- tokenizer ----------------------------------------------------------------------------------------------
 
-PAD, USER, ASSISTANT, END, FRAME, SILENT = range(6)
 SPECIAL = ("<pad>", "<user>", "<assistant>", "<end>", "<frame>", "<silent>")
 VISION = -1  # marks the place of a vision token; it has no row in the embedding table
 
@@ -41,10 +40,19 @@ WORDS = ("A", "The", " a", " the", " at", " in", " is", " of", ",", ".", "?", QU
          *(f" {word}" for word in (*COLOURS, *SHAPES, *ROWS, *COLUMNS)))
 
 
-class Tokenizer:
+class Special:
+    """The ids of SPECIAL, `first` and those after it, and of what begins every sequence."""
+
+    def __init__(self, first: int, opening: list[int]) -> None:
+        self.pad, self.user, self.assistant, self.end, self.frame, self.silent = range(first, first + 6)
+        self.opening = opening
+
+
+class Tokenizer(Special):
     """Text to ids and back, without a file and without loss: a small word list, bytes for everything else."""
 
     def __init__(self, words: tuple[str, ...] = WORDS) -> None:
+        super().__init__(0, [])
         encoded = [word.encode() for word in words]
         self.pieces = [name.encode() for name in SPECIAL] + [bytes([b]) for b in range(256)] + encoded
         self.ids = {piece: i for i, piece in enumerate(self.pieces) if i >= len(SPECIAL)}
@@ -61,8 +69,48 @@ class Tokenizer:
         return b"".join(self.pieces[i] for i in ids).decode(errors="surrogateescape")
 
 
-def tokenizer_for(vocab_size: int) -> Tokenizer:
-    """The tokenizer of a model. Raises ValueError if it was trained with another vocabulary."""
+class PretrainedTokenizer(Special):
+    """The vocabulary of a pretrained model, as its folder's tokenizer.json has it; SPECIAL comes after it.
+
+    Its own special tokens are never read in text nor shown in it; only its template adds some, as `opening`.
+    Raises ValueError: no package tokenizers, no such file, more entries than `first`, the model's rows.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        file = folder / "tokenizer.json"
+        try:
+            import tokenizers  # optional
+
+            self.text = tokenizers.Tokenizer.from_file(str(file))
+        except ImportError:
+            raise ValueError(f"tokenizers must be installed to read {file} (pip install tokenizers), got none"
+                             ) from None
+        except Exception as error:  # tokenizers raises no narrower one
+            raise ValueError(f"{file} must be the tokenizer of a model: {error}") from None
+        self.text.no_truncation()
+        self.text.no_padding()
+        super().__init__(first, self.text.encode("").ids)
+        self.text.encode_special_tokens = True
+        self.entries = 1 + max(self.text.get_vocab().values())
+        if self.entries > first:
+            raise ValueError(f"{file} must have at most {first} entries, the rows of the model, "
+                             f"got {self.entries}")
+
+    def encode(self, text: str) -> list[int]:
+        return self.text.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Bytes that are no text become U+FFFD, so what a model said is kept as ids too: see Turn."""
+        return self.text.decode([i for i in ids if i < self.entries])
+
+
+def tokenizer_for(vocab_size: int, llm: str = "") -> Special:
+    """The tokenizer of a model of so many embeddings, SPECIAL among them; llm: folder of a pretrained one.
+
+    Raises ValueError if the model was trained with another vocabulary.
+    """
+    if llm:
+        return PretrainedTokenizer(Path(llm), vocab_size - len(SPECIAL))
     if len(tokenizer := Tokenizer()) != vocab_size:
         raise ValueError(f"vocab_size must be {len(tokenizer)}, the words of data.WORDS, got {vocab_size}")
     return tokenizer
@@ -71,13 +119,11 @@ def tokenizer_for(vocab_size: int) -> Tokenizer:
 # --- the sequence -------------------------------------------------------------------------------------------
 
 
-OPENING = {"system": [], "user": [USER], "assistant": [ASSISTANT]}  # of a turn, by role; all close in `<end>`
-
-
 class Turn(NamedTuple):
     frame: int  # the system's and the user's turns come before this frame, a reply after it
-    role: str  # a key of OPENING
+    role: str  # system, user or assistant
     text: str
+    said: tuple[int, ...] = ()  # the tokens of a model's own reply; else they are those of the text
 
 
 class Sample(NamedTuple):
@@ -98,14 +144,16 @@ class Batch(NamedTuple):
     seed: Tensor  # (B,) int64
 
 
-def turn_tokens(tokenizer: Tokenizer, role: str, text: str) -> list[int]:
-    return [*OPENING[role], *tokenizer.encode(text), END]
+def turn_tokens(tokenizer: Tokenizer, turn: Turn) -> list[int]:
+    opening = {"system": [], "user": [tokenizer.user], "assistant": [tokenizer.assistant]}[turn.role]
+    return [*opening, *(turn.said or tokenizer.encode(turn.text)), tokenizer.end]
 
 
 def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tokenizer,
-           masked: Collection[str]) -> list[list[int]]:
+           masked: Collection[str], begins: bool = True) -> list[list[int]]:
     """The token sequence of a stream -> [tokens, group, labels], each of T ints (see Batch).
 
+    begins: this is the beginning of the stream, and not a later chunk of it
     masked: the roles whose text belongs to no group. Other text is in the group of the frame that it comes
     before; after the last frame, of that one. `<frame>`, and what is said of a frame, never skips: a group
     that went on after the decision to speak would tell it. Where questions never skip, neither does the
@@ -119,12 +167,13 @@ def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tok
         labels.extend(targets or [-100] * len(ids))
 
     def say(turn: Turn) -> None:
-        ids, answers = turn_tokens(tokenizer, turn.role, turn.text), turn.role == "assistant"
+        ids, answers = turn_tokens(tokenizer, turn), turn.role == "assistant"
         never = turn.role in masked or (answers and turn.frame < frames)
         add(ids, -1 if never else min(turn.frame, frames - 1), [*ids[1:], -100] if answers else None)
         if answers and "user" in masked:
             group[-len(ids)] = -1
 
+    add(tokenizer.opening if begins else [], -1)
     for frame in range(frames):
         here = [turn for turn in turns if turn.frame == frame]
         said = [turn for turn in here if turn.role == "assistant"][:1]
@@ -132,7 +181,7 @@ def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tok
             if turn.role != "assistant":
                 say(turn)
         add([VISION] * tokens_per_frame, frame)
-        add([FRAME], -1, [ASSISTANT if said else SILENT])
+        add([tokenizer.frame], -1, [tokenizer.assistant if said else tokenizer.silent])
         for turn in said:
             say(turn)
     for turn in turns:
@@ -145,7 +194,7 @@ def collate(samples: list[Sample], tokens_per_frame: int, tokenizer: Tokenizer,
             masked: Collection[str]) -> Batch:
     rows = [layout(s.turns, len(s.frames), tokens_per_frame, tokenizer, masked) for s in samples]
     B, T, F = len(rows), max(len(row[0]) for row in rows), max(len(s.frames) for s in samples)
-    tokens, group, labels = (np.full((B, T), fill) for fill in (PAD, -1, -100))
+    tokens, group, labels = (np.full((B, T), fill) for fill in (tokenizer.pad, -1, -100))
     frames = np.zeros((B, F, *samples[0].frames.shape[1:]), np.uint8)
     for b, (row, sample) in enumerate(zip(rows, samples, strict=True)):
         for array, values in zip((tokens, group, labels), row, strict=True):
@@ -154,7 +203,7 @@ def collate(samples: list[Sample], tokens_per_frame: int, tokenizer: Tokenizer,
     tokens, group, labels = (torch.from_numpy(a) for a in (tokens, group, labels))
     real = torch.arange(T) < torch.tensor([[len(row[0])] for row in rows])
     frames = torch.from_numpy(frames).permute(0, 1, 4, 2, 3)  # (B, F, 3, S, S)
-    decision = (tokens == FRAME) & (labels >= 0)
+    decision = (tokens == tokenizer.frame) & (labels >= 0)
     return Batch(tokens, group, real, labels, decision, frames, torch.tensor([s.seed for s in samples]))
 
 

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -88,9 +87,9 @@ class Reading(NamedTuple):
     right: dict[int, list[bool]]  # frame of a reply -> m
 
 
-def speaks(logits: Tensor, threshold: float) -> Tensor:
+def speaks(logits: Tensor, threshold: float, silent: int) -> Tensor:
     """(..., vocabulary) at `<frame>` -> (...) bool: silence is not the best token, or below the threshold"""
-    return (logits.argmax(-1) != data.SILENT) | (logits.softmax(-1)[..., data.SILENT] < threshold)
+    return (logits.argmax(-1) != silent) | (logits.softmax(-1)[..., silent] < threshold)
 
 
 @torch.no_grad()
@@ -108,7 +107,8 @@ def read(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample], threshold:
             logits = model.logits(row[places.to(device)]).float().cpu()  # (labelled, vocabulary)
             nll = F.cross_entropy(logits, labels[places], reduction="none").tolist()
             right = (logits.argmax(-1) == labels[places]).tolist()
-            reading = Reading(speaks(logits[decision[places]], threshold).tolist(), {}, {})
+            spoke = speaks(logits[decision[places]], threshold, tokenizer.silent).tolist()
+            reading = Reading(spoke, {}, {})
             frame = -1
             for is_decision, x, ok in zip(decision[places].tolist(), nll, right, strict=True):
                 frame += is_decision
@@ -194,8 +194,11 @@ class Watcher:
         self.device, self.streams, self.group = model.lm_head.weight.device, len(seed), 0  # the next group
         self.seed, self.cache = seed.to(self.device), Cache(model.config, len(seed), window, self.device)
         self.kept: dict[int, Tensor] = {}  # routed layer -> (B, P) bool, what it computed of the last frame
-        self.masked, P = MASKED[model.config.masked], model.config.tokens_per_frame
-        self.layout = partial(data.layout, tokens_per_frame=P, tokenizer=tokenizer, masked=self.masked)
+        self.masked, self.begins = MASKED[model.config.masked], True
+
+    def layout(self, turns: list[Turn], frames: int) -> list[list[int]]:
+        P = self.model.config.tokens_per_frame
+        return data.layout(turns, frames, P, self.tokenizer, self.masked, self.begins)
 
     @torch.no_grad()
     def feed(self, rows: list[list[list[int]]], frames: Tensor | None = None, late: bool = False) -> Tensor:
@@ -203,9 +206,9 @@ class Watcher:
 
         rows: of data.layout, empty: the stream waits;  late: what may skip came too late to compete
         """
-        c, lengths = self.model.config, torch.tensor([len(row[0]) for row in rows])
+        c, lengths, self.begins = self.model.config, torch.tensor([len(row[0]) for row in rows]), False
         T = int(lengths.max())
-        tokens = torch.tensor([row[0] + [data.PAD] * (T - len(row[0])) for row in rows])  # (B, T)
+        tokens = torch.tensor([row[0] + [self.tokenizer.pad] * (T - len(row[0])) for row in rows])  # (B, T)
         group = torch.tensor([row[1] + [-1] * (T - len(row[1])) for row in rows])
         group = group.where(group < 0, group + self.group)
         self.group = max(self.group, int(group.max()) + 1)
@@ -220,35 +223,36 @@ class Watcher:
         last = (lengths - 1).clamp(min=0).to(self.device)
         return self.model.logits(out.hidden[torch.arange(len(rows), device=self.device), last]).float()
 
-    def watch(self, frames: Tensor, asked: list[list[Turn]] | None = None) -> list[str | None]:
+    def watch(self, frames: Tensor, asked: list[list[Turn]] | None = None) -> list[Turn | None]:
         """frames: (B, 3, S, S) uint8, the next of each stream;  asked: turns of frame 0, that come before it
-        -> what is said of it, None: silence
+        -> what is said of it, as a turn of frame 0, None: silence
         """
         asked = asked or [[]] * self.streams
-        if any(asked) and self.cache.starts is not None:  # with a window, a chunk begins with its frame
-            self.feed([self.layout(turns, 0) for turns in asked])
+        text = [self.layout(turns, 0) for turns in asked]
+        if any(row[0] for row in text) and self.cache.starts is not None:  # there a chunk begins with a frame
+            self.feed(text)
             asked = [[]] * self.streams
         logits = self.feed([self.layout(turns, 1) for turns in asked], frames[:, None])
-        spoke = speaks(logits, self.threshold).tolist()
-        return [text if s else None for text, s in zip(self.reply(spoke), spoke, strict=True)]
+        spoke = speaks(logits, self.threshold, self.tokenizer.silent).tolist()
+        return [turn if s else None for turn, s in zip(self.reply(spoke), spoke, strict=True)]
 
-    def reply(self, speaking: list[bool], logits: Tensor | None = None) -> list[str]:
+    def reply(self, speaking: list[bool], logits: Tensor | None = None) -> list[Turn]:
         """Let these streams speak of a frame; or answer a prompt, from the logits (B, vocabulary) after it"""
-        said: list[list[int]] = [[] for _ in speaking]
-        barred = [i for i in range(len(data.SPECIAL)) if i != data.END]  # a reply is only text, then `<end>`
-        token = [data.ASSISTANT for _ in speaking]
+        said, t = [[] for _ in speaking], self.tokenizer
+        barred = [t.pad, t.user, t.assistant, t.frame, t.silent]  # a reply is only text, then `<end>`
+        token = [t.assistant for _ in speaking]
         group = -1 if logits is None or "assistant" in self.masked else 0
         while any(speaking):
             if logits is not None:
                 logits[:, barred] = -math.inf
-                token = [best if len(ids) < self.limit else data.END
+                token = [best if len(ids) < self.limit else t.end
                          for best, ids in zip(logits.argmax(-1).tolist(), said, strict=True)]
                 for b, ids in enumerate(said):
-                    ids.extend([token[b]] if speaking[b] and token[b] != data.END else [])
-            rows = [[[t], [group]] if now else [[], []] for t, now in zip(token, speaking, strict=True)]
+                    ids.extend([token[b]] if speaking[b] and token[b] != t.end else [])
+            rows = [[[i], [group]] if now else [[], []] for i, now in zip(token, speaking, strict=True)]
             logits = self.feed(rows, late=True)
-            speaking = [now and t != data.END for t, now in zip(token, speaking, strict=True)]
-        return [self.tokenizer.decode(ids) for ids in said]
+            speaking = [now and i != t.end for i, now in zip(token, speaking, strict=True)]
+        return [Turn(0, "assistant", t.decode(ids), tuple(ids)) for ids in said]
 
     def ask(self, samples: list[Sample]) -> list[str]:
         """What it answers to the question in which each sample ends; all before it is one prompt."""
@@ -256,7 +260,7 @@ class Watcher:
         rows = [[part[:-1] for part in self.layout(turns, len(s.frames))]  # without the `<end>` of the answer
                 for turns, s in zip(prompts, samples, strict=True)]
         frames = torch.from_numpy(np.stack([s.frames for s in samples])).permute(0, 1, 4, 2, 3)
-        return self.reply([True] * len(samples), self.feed(rows, frames))
+        return [turn.text for turn in self.reply([True] * len(samples), self.feed(rows, frames))]
 
     def computed(self) -> Tensor:
         """(B, L) int64, the tokens of each stream that each layer computed so far"""
@@ -275,9 +279,9 @@ def free_run(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample], thresh
             asked = [[t._replace(frame=0) for t in s.turns if t.role != "assistant" and t.frame == f]
                      for s in chunk]
             frames = np.stack([s.frames[min(f, len(s.frames) - 1)] for s in chunk])  # ended ones stand still
-            for b, text in enumerate(watcher.watch(torch.from_numpy(frames).permute(0, 3, 1, 2), asked)):
-                if text is not None and f < len(chunk[b].frames):
-                    said[at + b].append(Turn(f, "assistant", text))
+            for b, turn in enumerate(watcher.watch(torch.from_numpy(frames).permute(0, 3, 1, 2), asked)):
+                if turn and f < len(chunk[b].frames):
+                    said[at + b].append(turn._replace(frame=f))
     return said
 
 
@@ -286,9 +290,9 @@ def narrate(watcher: Watcher, frames: Iterator[np.ndarray], fps: float, query: s
     shown, every, count, began = [], 1, 0, time.perf_counter()
     for count, frame in enumerate(frames, 1):
         asked = [[Turn(0, "user", query)]] if count == 1 else None
-        text = watcher.watch(torch.from_numpy(frame.copy()).permute(2, 0, 1)[None], asked)[0]
-        if text is not None:
-            print(printable(f"{(count - 1) / fps:7.1f} s  {text}"), flush=True)
+        said = watcher.watch(torch.from_numpy(frame.copy()).permute(2, 0, 1)[None], asked)[0]
+        if said:
+            print(printable(f"{(count - 1) / fps:7.1f} s  {said.text}"), flush=True)
         if (count - 1) % every == 0:
             shown.append((frame, {layer: keep[0] for layer, keep in watcher.kept.items()}))
         if len(shown) > 12:  # every second one stays: the picture spans the stream, however long it is

@@ -61,7 +61,7 @@ def test_free_running_is_scored_on_exactly_what_the_model_heard(monkeypatch):
     early = [turn for turn in samples[1].turns if turn.frame < 5]
     samples[1] = samples[1]._replace(frames=samples[1].frames[:5], turns=early)
     samples[2].turns.append(Turn(4, "user", "And now?"))
-    monkeypatch.setattr(evaluation, "speaks", lambda logits, threshold: (logits[..., 7] * 100).int() % 2 == 0)
+    monkeypatch.setattr(evaluation, "speaks", lambda logits, *_: (logits[..., 7] * 100).int() % 2 == 0)
     _, own = evaluate(model, TOKENIZER, samples, 2.0)
     decided = [[f in replies(s) for f in range(len(s.frames))] for s in own]
     assert any(map(any, decided)) and not all(map(all, decided))  # else it shows nothing
@@ -79,7 +79,7 @@ def test_a_video_is_watched_with_and_without_a_window(tmp_path, capsys, monkeypa
     monkeypatch.setattr(evaluation.Watcher.__init__, "__defaults__", (0.0, None, 5))  # 5 tokens a reply
     for flags, fewest, most in (([], 40 * 38, 40 * 38 + 12), (["--window", "3"], 3 * 38, 3 * 38 + 12)):
         decisions = (torch.tensor([frame == 2]) for frame in range(40))
-        monkeypatch.setattr(evaluation, "speaks", lambda logits, threshold, d=decisions: next(d))
+        monkeypatch.setattr(evaluation, "speaks", lambda *_, d=decisions: next(d))
         evaluation.main(["run", "--watch", "clip.mp4", "--query", "Go.", "--device", "cpu", *flags])
         *said, counted, held, drawn = capsys.readouterr().out.splitlines()
         assert counted.startswith("40 frames, 20.0 s of video") and drawn.endswith("run/watch.png")

@@ -110,7 +110,7 @@ def test_an_answer_given_token_by_token_is_that_of_one_pass_over_the_same_groups
         id = torch.where(late & free, torch.arange(len(late)), batch.group)
         out = model(batch.tokens, batch.frames, Groups.plan(id, config.keep, late=(late & free)[None]))
         logits = model.logits(out.hidden[0, -answer - 1 : -1])  # what follows each token of the answer
-        logits[:, [i for i in range(len(data.SPECIAL)) if i != data.END]] = -torch.inf
+        logits[:, [i for i in range(len(data.SPECIAL)) if i != tokenizer.end]] = -torch.inf
         assert logits.argmax(-1)[:6].tolist() == batch.tokens[0, -answer:][:6].tolist()
         counts = [int(out.keep[layer].sum()) if layer in out.keep else len(late) for layer in range(4)]
         assert watcher.computed()[b].tolist() == counts

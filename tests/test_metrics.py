@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-import data
+from data import Tokenizer
 from eval import Evidence, speaks, summarise, turn_metrics
 
 SILENT, SPEAK = False, True
@@ -59,7 +59,7 @@ def test_nothing_to_score_is_an_error_and_not_a_perfect_score():
 
 
 def test_the_threshold_makes_it_speak_earlier_and_zero_leaves_the_best_token_to_decide():
-    logits = torch.full((1, 8), -9.0)
-    logits[0, data.SILENT], logits[0, data.ASSISTANT] = 1.0, 0.0  # silence has about 0.73
-    assert not speaks(logits, 0.0).item() and not speaks(logits, 0.7).item()
-    assert speaks(logits, 0.8).item() and speaks(logits[:, [0, 1, 5, 3, 4, 2, 6, 7]], 0.0).item()
+    logits, silent = torch.full((1, 8), -9.0), Tokenizer().silent
+    logits[0, silent], logits[0, Tokenizer().assistant] = 1.0, 0.0  # silence has about 0.73
+    assert not speaks(logits, 0.0, silent).item() and not speaks(logits, 0.7, silent).item()
+    assert speaks(logits, 0.8, silent).item() and speaks(logits[:, [5, 1, 2, 3, 4, 0]], 0, silent).item()
