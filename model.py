@@ -7,9 +7,10 @@ layers, and the ragged cache with which it watches a stream. Parameters carry th
 
 import argparse
 import json
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,11 @@ import mod
 from mod import GATES, MASKED, PADDING, Groups, Router, take
 
 ROUTERS = ("learned", "shared", "random", "uniform")
+VISION_TYPES = ("scratch", "clip", "siglip")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of weights in files
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 
 @dataclass(frozen=True)
@@ -38,26 +44,52 @@ class Config:
     num_key_value_heads: int = 2
     head_dim: int = 32
     vocab_size: int = 320
+    new_tokens: int = 0  # the last of the vocabulary, unknown to the pretrained decoder
     rope_theta: float = 10000.0
+    rope_scaling: tuple[float, ...] = ()  # (factor,): linear;  (factor, low, high, original length): Llama 3
+    sliding_window: int = 0  # positions that a query looks back on, 0: all (Mistral)
+    attention_bias: bool = False  # of q, k and v (Qwen2)
+    output_bias: bool = False  # of o
+    tie_word_embeddings: bool = False
     rms_norm_eps: float = 1e-5
     image_size: int = 48  # pixels, square
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of pixels in [0, 1], as the encoder wants them
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     patch_size: int = 8
     pool: int = 6  # a frame is CLS and a pool x pool grid
+    vision_type: str = "scratch"
     vision_hidden_size: int = 96
     vision_intermediate_size: int = 288
     vision_layers: int = 2
     vision_heads: int = 4
+    vision_act: str = "gelu"
+    vision_norm_eps: float = 1e-5
     keep: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
     router: str = "learned"
     gate: str = "sigmoid"
     masked: str = "text"
+    llm: str = ""  # the Hugging Face folders whose weights are not learnt, so not saved with a run
+    vision: str = ""
+    train_vision: bool = False
+    lora_rank: int = 0  # 0: no adapters, the decoder itself is learnt
+    lora_alpha: float = 256.0
+    lora_dropout: float = 0.05
 
     def __post_init__(self):
-        check_fields(self)
-        for name, part in (("image_size", "patch_size"), ("vision_hidden_size", "vision_heads"),
+        check_fields(self, ("new_tokens", "sliding_window", "lora_rank", "lora_dropout"))
+        for name, part in (("vision_hidden_size", "vision_heads"),
                            ("num_attention_heads", "num_key_value_heads")):
             if getattr(self, name) % getattr(self, part):
                 raise ValueError(f"{name} must be a multiple of {part}, got {getattr(self, name)}")
+        for name in ("num_hidden_layers", "vision_layers"):
+            if getattr(self, name) > 1000:  # of a file by whomever: it must not take forever to be refused
+                raise ValueError(f"{name} must be at most 1000, got {getattr(self, name)}")
+        for name, lengths in (("image_mean", [3]), ("image_std", [3]), ("rope_scaling", [0, 4, 1])):
+            value, least = getattr(self, name), -math.inf if name == "image_mean" else 0
+            if len(value) not in lengths or min(value, default=1) <= least:
+                raise ValueError(f"{name} must be {lengths[-1]} numbers above 0, got {value}")
+        if len(self.rope_scaling) == 4 and not self.rope_scaling[1] < self.rope_scaling[2]:
+            raise ValueError(f"rope_scaling must have low below high, got {self.rope_scaling}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, got {self.head_dim}")
         if self.pool > self.image_size // self.patch_size:
@@ -66,7 +98,8 @@ class Config:
             raise ValueError(f"keep must have one ratio a layer, got {self.keep}")
         for ratio in self.keep:
             mod.check_keep_ratio(ratio)
-        for name, known in (("router", ROUTERS), ("gate", GATES), ("masked", MASKED)):
+        for name, known in (("router", ROUTERS), ("gate", GATES), ("masked", MASKED),
+                            ("vision_type", VISION_TYPES), ("vision_act", ACTIVATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)}")
 
@@ -74,13 +107,27 @@ class Config:
     def tokens_per_frame(self) -> int:
         return 1 + self.pool**2
 
+    def folder_of(self, name: str) -> str:
+        """The pretrained folder that holds a weight, "" if none does."""
+        if name.startswith("vision_model."):
+            return self.vision
+        return "" if name.startswith(("multi_modal", "routers", "new_")) or "lora_" in name else self.llm
+
+    def frozen(self, name: str) -> bool:
+        """Is a weight as it is in its pretrained folder, whatever is learnt?"""
+        learnt = self.train_vision if name.startswith("vision_model.") else self.lora_rank == 0
+        return self.folder_of(name) != "" and not learnt
+
 
 def check_fields(config: object, may_be_zero: tuple[str, ...] = ()) -> None:
     """Raises ValueError unless each field is of the type of its default, and each number above 0."""
     for f in fields(config):
         value, kind = getattr(config, f.name), type(f.default)
-        if not isinstance(value, (int, float) if kind is float else kind):
+        known = isinstance(value, (int, float) if kind is float else kind)
+        if not known or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{f.name} must be of type {kind.__name__}, got {value!r}")
+        if kind is tuple and not all(isinstance(x, int | float) and math.isfinite(x) for x in value):
+            raise ValueError(f"{f.name} must be numbers, got {value!r}")
         if kind in (int, float) and not (0 < value < 2**31 or (value == 0 and f.name in may_be_zero)):
             least = "at least" if f.name in may_be_zero else "above"
             raise ValueError(f"{f.name} must be {least} 0 and below 2**31, got {value}")
@@ -111,16 +158,27 @@ def preset(name: str) -> Config:
 # --- patch encoder and projector ----------------------------------------------------------------------------
 
 
-class VisionBlock(nn.Module):
-    """Pre-norm transformer block of CLIP: every patch sees every patch."""
-
-    def __init__(self, width: int, ffn: int, heads: int):
+class VisionMLP(nn.Module):
+    def __init__(self, c: Config):
         super().__init__()
-        self.heads = heads
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.act = ACTIVATIONS[c.vision_act]
+        self.fc1 = nn.Linear(c.vision_hidden_size, c.vision_intermediate_size)
+        self.fc2 = nn.Linear(c.vision_intermediate_size, c.vision_hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer block of CLIP and SigLIP: every patch sees every patch."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        width, self.heads = c.vision_hidden_size, c.vision_heads
+        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(width, c.vision_norm_eps) for _ in range(2))
         projections = ("q_proj", "k_proj", "v_proj", "out_proj")
         self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in projections})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, ffn), "fc2": nn.Linear(ffn, width)})
+        self.mlp = VisionMLP(c)
 
     def forward(self, x: Tensor) -> Tensor:
         N, L, D = x.shape
@@ -129,37 +187,72 @@ class VisionBlock(nn.Module):
         q, k, v = (t.view(N, L, self.heads, -1).transpose(1, 2) for t in (q, k, v))  # (N, H, L, d)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, L, D)
         x = x + a["out_proj"](mixed)
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.layer_norm2(x))))
+        return x + self.mlp(self.layer_norm2(x))
 
 
-class VisionModel(nn.Module):
-    """Frames to vision tokens: CLS, then the patch grid averaged to p x p.    Section 3.1 of VideoLLM-MoD"""
+class VisionPooling(nn.Module):
+    """SigLIP's pooled output, which takes the place of CLS: one learned query attends to all patches."""
 
     def __init__(self, c: Config):
         super().__init__()
-        width, self.pool = c.vision_hidden_size, c.pool
-        self.embeddings = nn.Module()
-        self.embeddings.class_embedding = nn.Parameter(torch.zeros(width))
-        self.embeddings.patch_embedding = nn.Conv2d(3, width, c.patch_size, stride=c.patch_size, bias=False)
-        self.embeddings.position_embedding = nn.Embedding((c.image_size // c.patch_size) ** 2 + 1, width)
-        self.pre_layrnorm = nn.LayerNorm(width)  # spelled so in the files
-        sizes = width, c.vision_intermediate_size, c.vision_heads
-        blocks = nn.ModuleList(VisionBlock(*sizes) for _ in range(c.vision_layers))
-        self.encoder = nn.ModuleDict({"layers": blocks})
-        self.post_layernorm = nn.LayerNorm(width)
+        self.probe = nn.Parameter(torch.zeros(1, 1, c.vision_hidden_size))
+        self.attention = nn.MultiheadAttention(c.vision_hidden_size, c.vision_heads, batch_first=True)
+        self.layernorm = nn.LayerNorm(c.vision_hidden_size, c.vision_norm_eps)
+        self.mlp = VisionMLP(c)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: (N, 3, S, S) in [-1, 1] -> (N, P, vision width), the grid row by row"""
-        grid = self.embeddings.patch_embedding(pixels)  # (N, D, h, w)
-        N, D, h, w = grid.shape
-        cls = self.embeddings.class_embedding.expand(N, 1, D)
-        x = torch.cat([cls, grid.flatten(2).mT], dim=1)  # (N, 1 + h * w, D)
-        x = self.pre_layrnorm(x + self.embeddings.position_embedding.weight)
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attention(self.probe.expand(len(x), -1, -1), x, x, need_weights=False)[0]  # (N, 1, D)
+        return x + self.mlp(self.layernorm(x))
+
+
+class VisionModel(nn.Module):
+    """Frames to vision tokens: CLS, then the patch grid averaged to p x p.    Section 3.1 of VideoLLM-MoD
+
+    What is pooled is, as in VideoLLM-online, the last hidden state: of CLIP as its last layer leaves it, of
+    SigLIP (and of the encoder from scratch, otherwise a CLIP) after the final norm.
+    """
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.config, width, has_cls = c, c.vision_hidden_size, c.vision_type != "siglip"
+        self.embeddings = nn.Module()
+        if has_cls:
+            self.embeddings.class_embedding = nn.Parameter(torch.zeros(width))
+        self.embeddings.patch_embedding = nn.Conv2d(3, width, c.patch_size, c.patch_size, bias=not has_cls)
+        patches = (c.image_size // c.patch_size) ** 2
+        self.embeddings.position_embedding = nn.Embedding(patches + has_cls, width)
+        if has_cls:
+            self.pre_layrnorm = nn.LayerNorm(width, c.vision_norm_eps)  # spelled so in the files
+        blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.vision_layers))
+        self.encoder = nn.ModuleDict({"layers": blocks})
+        self.post_layernorm = nn.LayerNorm(width, c.vision_norm_eps)
+        if not has_cls:
+            self.head = VisionPooling(c)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """x: (N, 3, S, S) normalised -> (N, L, D), transformers' last_hidden_state; CLS, if any, is first"""
+        x = self.embeddings.patch_embedding(x).flatten(2).mT  # (N, h * w, D)
+        if self.config.vision_type != "siglip":
+            x = torch.cat([self.embeddings.class_embedding.expand(len(x), 1, -1), x], dim=1)
+        x = x + self.embeddings.position_embedding.weight
+        if self.config.vision_type != "siglip":
+            x = self.pre_layrnorm(x)
         for block in self.encoder["layers"]:
             x = block(x)
-        x = self.post_layernorm(x)
-        pooled = F.adaptive_avg_pool2d(x[:, 1:].mT.reshape(N, D, h, w), self.pool)  # (N, D, pool, pool)
-        return torch.cat([x[:, :1], pooled.flatten(2).mT], dim=1)  # (N, P, D)
+        return x if self.config.vision_type == "clip" else self.post_layernorm(x)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels: (N, 3, S, S) uint8 -> (N, P, vision width), the grid row by row"""
+        c, x = self.config, pixels.to(self.post_layernorm.weight.dtype)
+        channels = zip(x.unbind(1), c.image_mean, c.image_std, strict=True)
+        x = self.hidden(torch.stack([t / (255 * std) - mean / std for t, mean, std in channels], dim=1))
+        if c.vision_type == "siglip":
+            cls, grid = self.head(x), x
+        else:
+            cls, grid = x[:, :1], x[:, 1:]
+            cls = self.post_layernorm(cls) if c.vision_type == "clip" else cls
+        grid = grid.mT.unflatten(2, (c.image_size // c.patch_size,) * 2)  # (N, D, h, w)
+        return torch.cat([cls, F.adaptive_avg_pool2d(grid, c.pool).flatten(2).mT], dim=1)  # (N, P, D)
 
 
 class Projector(nn.Module):
@@ -177,12 +270,19 @@ class Projector(nn.Module):
 # --- decoder ------------------------------------------------------------------------------------------------
 
 
-def rotations(position: Tensor, head_dim: int, theta: float) -> Tensor:
+def rotations(position: Tensor, head_dim: int, theta: float, scaling: tuple[float, ...] = ()) -> Tensor:
     """cos and sin of the RoPE angles, computed in float64: float32 loses them beyond some 100,000 tokens.
 
-    position: (B, T) int64 -> (B, T, 2, d/2) float64
+    position: (B, T) int64;  scaling: of Config.rope_scaling -> (B, T, 2, d/2) float64
+    A linear scaling slows all frequencies, that of Llama 3 those with long waves for the original length.
     """
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=position.device).double() / head_dim)
+    if len(scaling) == 1:
+        frequency = frequency / scaling[0]
+    elif scaling:
+        factor, low, high, original = scaling
+        same = ((original * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)  # 0: slowed in full
+        frequency = same * frequency + (1 - same) * frequency / factor
     angle = position.double()[..., None] * frequency  # (B, T, d/2)
     return torch.stack([angle.cos(), angle.sin()], dim=2)
 
@@ -194,16 +294,38 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """A linear map of the decoder; with LoRA (arXiv 2106.09685), W x + alpha / rank * B A x.
+
+    A and B are learnt in float32, whatever the type of W, and are used in the type of x.
+    """
+
+    def __init__(self, c: Config, inputs: int, outputs: int, bias: bool = False):
+        super().__init__(inputs, outputs, bias)
+        self.rank, self.dropout = c.lora_rank, c.lora_dropout
+        if c.lora_rank:
+            self.scale = c.lora_alpha / c.lora_rank
+            self.lora_A = nn.Parameter(torch.zeros(c.lora_rank, inputs))
+            self.lora_B = nn.Parameter(torch.zeros(outputs, c.lora_rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if not self.rank:
+            return out
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., rank)
+        return out + self.scale * F.linear(low, self.lora_B.to(x.dtype))
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention over the rows it is given, and over what its layer has in the cache."""
 
     def __init__(self, c: Config):
         super().__init__()
-        self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.head_dim, self.window = c.head_dim, c.sliding_window
+        self.q_proj = Linear(c, c.hidden_size, c.num_attention_heads * c.head_dim, c.attention_bias)
+        self.k_proj = Linear(c, c.hidden_size, c.num_key_value_heads * c.head_dim, c.attention_bias)
+        self.v_proj = Linear(c, c.hidden_size, c.num_key_value_heads * c.head_dim, c.attention_bias)
+        self.o_proj = Linear(c, c.num_attention_heads * c.head_dim, c.hidden_size, c.output_bias)
 
     def heads(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, K, D) -> q: (B, H, K, d), k and v: (B, G, K, d)"""
@@ -214,10 +336,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, position: Tensor, rope: Tensor, remember: Callable | None) -> Tensor:
         B, K, _ = x.shape
         q, k, v = self.heads(x, rope)
-        mask = None
+        mask, now = None, position[:, None, :, None]  # (B, 1, K, 1)
+        seen = now
         if remember:
-            k, v, seen = remember(k, v, position[:, None, :, None])  # (B, G, L, d) twice, (B, 1, L, 1)
-            mask = seen.mT <= position[:, None, :, None]  # (B, 1, K, L)
+            k, v, seen = remember(k, v, now)  # (B, G, L, d) twice, (B, 1, L, 1)
+        if remember or self.window:
+            mask = seen.mT <= now  # (B, 1, K, L)
+            mask = mask & (seen.mT > now - self.window) if self.window else mask
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(B, K, -1))
 
@@ -227,9 +352,9 @@ class MLP(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = Linear(c, c.hidden_size, c.intermediate_size)
+        self.up_proj = Linear(c, c.hidden_size, c.intermediate_size)
+        self.down_proj = Linear(c, c.intermediate_size, c.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -263,12 +388,22 @@ class VideoLM(nn.Module):
         super().__init__()
         self.config = c = config
         self.vision_model, self.multi_modal_projector = VisionModel(c), Projector(c)
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        known = c.vocab_size - c.new_tokens
+        self.embed_tokens = nn.Embedding(known, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.lm_head = Linear(c, c.hidden_size, known)
+        for name in ("new_embeddings", "new_head") if c.new_tokens else ():  # learnt, also if the rest is not
+            setattr(self, name, nn.Parameter(torch.zeros(c.new_tokens, c.hidden_size)))
         names = [self.router_of(layer) for layer, r in enumerate(c.keep) if 0 < r < 1]  # shared: one for all
         self.routers = nn.ModuleDict({name: Router(c.hidden_size) for name in names if name})
+        for name, p in self.named_parameters():
+            p.requires_grad_(not c.frozen(name))
+        self.tie()
+
+    def tie(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
 
     def router_of(self, layer: int) -> str:
         """The name of a layer's router; "" where scores are not learned."""
@@ -286,10 +421,11 @@ class VideoLM(nn.Module):
         x = self.embed(tokens, frames)  # (B, T, D)
         start = cache.advance(groups) if cache else 0  # (B, 1)
         position = (start + torch.arange(T, device=tokens.device)).expand(B, T).where(groups.real, PADDING)
-        rope = rotations(position, self.config.head_dim, self.config.rope_theta).to(x.dtype)
+        c = self.config
+        rope = rotations(position, c.head_dim, c.rope_theta, c.rope_scaling).to(x.dtype)
         seed = tokens.new_zeros(B) if seed is None else seed
         keep, scores = {}, {}
-        for layer, (block, r) in enumerate(zip(self.layers, self.config.keep, strict=True)):
+        for layer, (block, r) in enumerate(zip(self.layers, c.keep, strict=True)):
             if cache:
                 block = partial(block, remember=partial(cache.append, layer))
             if r == 1:  # nothing is chosen, so nothing is weighed
@@ -297,17 +433,21 @@ class VideoLM(nn.Module):
             else:
                 score, gate = self.score(layer, x, groups, position, seed), torch.ones_like
                 if r > 0 and self.router_of(layer):
-                    scores[layer], gate = score, GATES[self.config.gate]
+                    scores[layer], gate = score, GATES[c.gate]
                 x, keep[layer] = mod.routed_update(block, x, score, groups, r, gate, position, rope)
         return Output(x, keep, scores)
 
     def embed(self, tokens: Tensor, frames: Tensor) -> Tensor:
         """Text from the embedding table, the vision tokens of the frames in order at the places marked -1."""
-        pixels = frames.flatten(0, 1).to(self.lm_head.weight.dtype) / 127.5 - 1  # (B * F, 3, S, S)
-        x = self.embed_tokens(tokens.clamp(min=0))  # (B, T, D)
-        if len(pixels) == 0:
+        known = self.embed_tokens.num_embeddings
+        x = self.embed_tokens(tokens.clamp(0, known - 1))  # (B, T, D)
+        if self.config.new_tokens:
+            new = F.embedding((tokens - known).clamp(min=0), self.new_embeddings).to(x.dtype)  # (B, T, D)
+            x = torch.where((tokens >= known)[..., None], new, x)
+        if frames.shape[1] == 0:
             return x
-        vision = self.multi_modal_projector(self.vision_model(pixels))  # (B * F, P, D)
+        features = frames if frames.dim() == 4 else self.vision_model(frames.flatten(0, 1))  # known: encoded
+        vision = self.multi_modal_projector(features.to(self.multi_modal_projector.linear_1.weight.dtype))
         vision = vision.view(len(x), -1, x.shape[-1]).to(x.dtype)  # (B, F * P, D)
         nth = ((tokens < 0).cumsum(1) - 1).clamp(min=0)  # (B, T) which vision token
         return torch.where((tokens < 0)[..., None], take(vision, nth), x)
@@ -322,7 +462,11 @@ class VideoLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., vocabulary). Ask only for rows that are read: vision tokens predict nothing."""
-        return self.lm_head(self.norm(hidden))
+        normed = self.norm(hidden)
+        known = self.lm_head(normed)
+        if not self.config.new_tokens:
+            return known
+        return torch.cat([known, F.linear(normed, self.new_head.to(normed.dtype))], dim=-1)
 
 
 @torch.no_grad()
@@ -332,7 +476,8 @@ def layer_ranks(model: VideoLM, tokens: Tensor, frames: Tensor, real: Tensor, so
     if min(c.keep) < 1:
         raise ValueError(f"ARank must be measured on a dense run, got one of keep {c.keep}")
     x, position, ranks = model.embed(tokens, frames), torch.ones_like(tokens).cumsum(1) - 1, []
-    rope, still = (rotations(p, c.head_dim, c.rope_theta).to(x.dtype) for p in (position, 0 * position))
+    rope, still = (rotations(p, c.head_dim, c.rope_theta, c.rope_scaling).to(x.dtype)
+                   for p in (position, 0 * position))
     for block in model.layers:
         q, k, _ = block.self_attn.heads(block.input_layernorm(x), rope if softmax else still)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, T, d)
@@ -354,11 +499,21 @@ def streaming_loss(model: VideoLM, hidden: Tensor, labels: Tensor, weight: Tenso
 
 
 @torch.no_grad()
-def initialise(model: VideoLM, seed: int) -> VideoLM:
-    """Draw weights from (seed): linear maps at 1/sqrt(fan-in), 0.3 of it where they write to the residual."""
+def initialise(model: VideoLM, seed: int, names: Collection[str] | None = None) -> VideoLM:
+    """Draw weights from (seed): linear maps at 1/sqrt(fan-in), 0.3 of it where they write to the residual.
+
+    names: of those to draw, None: all. New tokens begin as the mean of the known ones, LoRA as no change.
+    """
     generator, outputs = torch.Generator().manual_seed(seed), ("o_proj", "down_proj", "out_proj", "fc2")
+    known = {"new_embeddings": model.embed_tokens.weight, "new_head": model.lm_head.weight}
     for name, p in model.named_parameters():
-        if p.dim() > 1:
+        if names is not None and name not in names:
+            continue
+        if name in known:
+            p.copy_(known[name].mean(0, dtype=torch.float32))
+        elif name.endswith("lora_B"):
+            p.zero_()
+        elif p.dim() > 1:
             std = 0.5 if "embed_tokens" in name or "position_embedding" in name else p[0].numel() ** -0.5
             p.normal_(0, std * (0.3 if name.split(".")[-2] in outputs else 1), generator=generator)
         elif name.startswith("routers") or "class_embedding" in name:
@@ -437,15 +592,174 @@ class Cache:
         return [t[:, :, :total] for t in self.rows[layer]]
 
 
+# --- pretrained folders -------------------------------------------------------------------------------------
+
+DECODERS: dict[str, dict] = {  # families by model_type of config.json, and what it may leave out
+    "llama": {"attention_bias": False}, "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "use_sliding_window": False}}
+ROPE = {"default": (), "linear": ("factor",), "llama3": (
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+ENCODERS: dict[str, dict] = {
+    "clip": {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+             "image_mean": (0.48145466, 0.4578275, 0.40821073),
+             "image_std": (0.26862954, 0.26130258, 0.27577711)},
+    "siglip": {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+               "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}}
+BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "image_size": 224}  # what both leave out
+
+
+def pretrained(sizes: Config, llm: str = "", vision: str = "", new_tokens: int = 0) -> Config:
+    """A dense Config with the decoder and the encoder of two Hugging Face folders, or else those of `sizes`.
+
+    new_tokens: special tokens that extend the vocabulary of the decoder
+    Raises ValueError, naming the file, for what is of no known family or does not fit together.
+    """
+    for folder, read in ((llm, decoder_of), (vision, encoder_of)):
+        try:
+            sizes = replace(sizes, **read(Path(folder))) if folder else sizes
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+            why = error if isinstance(error, ValueError) else repr(error)
+            raise ValueError(f"{folder}/config.json must be of a known model: {why}") from None
+    vocabulary = sizes.vocab_size + new_tokens
+    return replace(sizes, llm=llm, vision=vision, vocab_size=vocabulary, new_tokens=new_tokens)
+
+
+def decoder_of(folder: Path) -> dict:
+    """Fields of Config for a decoder; its RoPE settings may be spelled in the old or in the new way."""
+    hf = read_json(folder / "config.json")
+    family = hf.get("model_type")
+    hf = {key: value for key, value in (DECODERS.get(str(family), {}) | hf).items() if value is not None}
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    rotated = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
+    for what, value, known in (("model_type", family, DECODERS), ("rope_type", kind, ROPE),
+                               ("hidden_act", hf.get("hidden_act", "silu"), ["silu"]),
+                               ("partial_rotary_factor", rotated, [1.0]),
+                               ("use_sliding_window", hf.get("use_sliding_window", False), [False])):
+        if value not in list(known):
+            raise ValueError(f"{what} must be {' or '.join(map(str, known))}, got {value!r:.60}")
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    bias, heads = family == "qwen2" or hf.get("attention_bias", False), hf["num_attention_heads"]
+    return {name: hf[name] for name in names} | {
+        "num_key_value_heads": hf.get("num_key_value_heads", heads),
+        "head_dim": hf.get("head_dim", hf["hidden_size"] // heads),
+        "keep": (1.0,) * min(hf["num_hidden_layers"], 1000), "rms_norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "rope_theta": rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
+        "rope_scaling": tuple(rope[key] for key in ROPE[kind]),
+        "sliding_window": hf.get("sliding_window", 0) if family == "mistral" else 0,
+        "attention_bias": bias and family != "mistral", "output_bias": bias and family == "llama",
+        "tie_word_embeddings": hf.get("tie_word_embeddings", False)}
+
+
+def encoder_of(folder: Path) -> dict:
+    """Fields of Config for an encoder, from a file of both towers or of this one, and for its pixels."""
+    hf = read_json(folder / "config.json")
+    family = str(hf.get("model_type")).removesuffix("_vision_model")
+    if family not in ENCODERS:
+        raise ValueError(f"model_type must be {' or '.join(ENCODERS)}, got {hf.get('model_type')!r:.60}")
+    hf = BASE | ENCODERS[family] | (hf.get("vision_config_dict") or hf.get("vision_config") or hf)
+    if (file := folder / "preprocessor_config.json").exists():
+        pixels = read_json(file)
+        hf |= {key: tuple(pixels[key]) for key in ("image_mean", "image_std") if key in pixels}
+    names = {"hidden_size": "vision_hidden_size", "intermediate_size": "vision_intermediate_size",
+             "num_hidden_layers": "vision_layers", "num_attention_heads": "vision_heads",
+             "hidden_act": "vision_act", "layer_norm_eps": "vision_norm_eps"}
+    same = ("image_size", "patch_size", "image_mean", "image_std")
+    return {names.get(key, key): hf[key] for key in (*names, *same)} | {"vision_type": family}
+
+
+def build(config: Config, seed: int = 0) -> VideoLM:
+    """A model before its first step: pretrained weights as they are in their folders, all else drawn."""
+    with torch.device("meta"):
+        model = VideoLM(config)
+    borrow(model, config.folder_of)
+    new = {name: torch.empty_like(p, device="cpu") for name, p in model.named_parameters() if p.is_meta}
+    assign(model, new)
+    return initialise(model, seed, new.keys())
+
+
+def borrow(model: VideoLM, wanted: Callable[[str], object]) -> None:
+    """Give a model the pretrained weights that are wanted, by name. They stay mapped from their files."""
+    c, names = model.config, {name for name in model.state_dict() if wanted(name)}
+    ours = {name for name in names if name.startswith("vision_model.")}
+    tied = {"lm_head.weight"} if c.tie_word_embeddings else set()  # some files hold it all the same
+    if names - ours:
+        found = {name.removeprefix("model."): t for name, t in read_folder(Path(c.llm)).items()}
+        fill(model, Path(c.llm), {name: t for name, t in found.items() if name not in tied
+                                  and not name.endswith("rotary_emb.inv_freq")}, names - ours - tied)
+    if ours:
+        found = read_folder(Path(c.vision))
+        towers = any(name.startswith("vision_model.") for name in found)  # else no name has the prefix
+        found = {name if towers else f"vision_model.{name}": t for name, t in found.items()}
+        fill(model, Path(c.vision), {name: t for name, t in found.items() if name.startswith("vision_model.")
+                                     and not name.endswith("position_ids")}, ours)
+
+
+def fill(model: VideoLM, folder: Path, found: dict[str, Tensor], names: Collection[str]) -> None:
+    """Assign weights to these names. Raises ValueError naming the first that is missing, odd or too much."""
+    wanted = {name: list(t.shape) for name, t in model.state_dict().items() if name in names}
+    shapes = {name: list(t.shape) if t.dtype in FLOATS else t.dtype for name, t in found.items()}
+    for name in sorted(wanted.keys() | shapes.keys()):
+        if wanted.get(name) != shapes.get(name):
+            raise ValueError(f"{folder / 'model.safetensors'} must fit config.json: {printable(name)[:99]} "
+                             f"must be {wanted.get(name, 'absent')}, got {shapes.get(name, 'nothing')}")
+    assign(model, found)
+
+
+def assign(model: VideoLM, weights: dict[str, Tensor]) -> None:
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie()
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """The weights of a Hugging Face folder: of one safetensors file, or of those that its index names."""
+    shards, index = {"model.safetensors"}, folder / "model.safetensors.index.json"
+    if not list(folder.glob("model*.safetensors*")) and list(folder.glob("*.bin")):
+        raise ValueError(f"{folder} must hold safetensors, got .bin files, whose pickle is not read here: "
+                         "save them anew with transformers' save_pretrained")
+    if index.exists():
+        listed = read_json(index).get("weight_map")
+        shards = set(map(str, listed.values())) if isinstance(listed, dict) else set()
+        for shard in shards or {""}:
+            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise ValueError(f"{index} must map weights to safetensors files beside it, "
+                                 f"got {shard!r:.99}")
+    weights = {name: t for shard in sorted(shards) for name, t in read_weights(folder / shard)[0].items()}
+    most = max(weights.values(), key=Tensor.numel, default=torch.zeros(0)).dtype  # norms can be of another
+    return {name: t.to(most) if t.dtype in FLOATS else t for name, t in weights.items()}
+
+
+@torch.no_grad()
+def merge(model: VideoLM) -> VideoLM:
+    """The same model without adapters: each W becomes W + alpha / rank * B A, and is saved with the run."""
+    weights = {name: t for name, t in model.state_dict().items() if "lora_" not in name}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and module.rank:
+            change = module.scale * module.lora_B @ module.lora_A
+            weights[f"{name}.weight"] = (module.weight + change).to(module.weight.dtype)
+    with torch.device("meta"):
+        merged = VideoLM(replace(model.config, lora_rank=0, tie_word_embeddings=False))
+    assign(merged, weights)
+    return merged
+
+
 # --- nothing below is in the papers: run folders and flags --------------------------------------------------
 
 
-def save(folder: Path, model: VideoLM, step: int = 0) -> None:
-    """Write config.json and model.safetensors; each appears whole or not at all."""
+def learnt(model: VideoLM) -> dict[str, Tensor]:
+    """What a run saves: all weights but those that are as they are in the pretrained folders."""
+    c = model.config
+    tied = {"lm_head.weight"} if c.tie_word_embeddings else set()
+    return {name: t for name, t in model.state_dict().items() if name not in tied and not c.frozen(name)}
+
+
+def save(folder: Path, model: VideoLM, step: int = 0, weights: dict[str, Tensor] | None = None) -> None:
+    """Write config.json and the learnt weights, model.safetensors; each appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", asdict(model.config))
-    weights = {name: t.contiguous() for name, t in model.state_dict().items()}
-    write(folder / "model.safetensors", lambda path: save_file(weights, path, metadata={"step": str(step)}))
+    held = {name: t.contiguous() for name, t in (weights or learnt(model)).items()}
+    write(folder / "model.safetensors", lambda path: save_file(held, path, metadata={"step": str(step)}))
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
@@ -459,24 +773,33 @@ def write_json(path: Path, values: dict) -> None:
     write(path, lambda unfinished: unfinished.write_text(json.dumps(values, indent=1) + "\n"))
 
 
-def load(folder: Path, device: torch.device | str = "cpu") -> VideoLM:
-    """Rebuild the model of a run folder. Raises ValueError, naming the file, where something does not fit."""
-    file = folder / "config.json"
+def read_json(file: Path) -> dict:
     try:
         values = json.loads(file.read_text())
-        config = Config(**{**values, "keep": tuple(values["keep"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} must be JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must be a JSON object, got {type(values).__name__}")
+    return values
+
+
+def read_config(folder: Path) -> Config:
+    file = folder / "config.json"
+    try:
+        values = read_json(file)
+        return Config(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{file} must hold the Config of a model: {error}") from None
-    weights = read_weights(folder / "model.safetensors")[0]
+
+
+def load(folder: Path, device: torch.device | str = "cpu") -> VideoLM:
+    """Rebuild the model of a run folder. Raises ValueError, naming the file, where something does not fit."""
+    config = read_config(folder)
     with torch.device("meta"):
         model = VideoLM(config)
-    wanted = {name: list(t.shape) for name, t in model.state_dict().items()}
-    found = {name: list(t.shape) if t.is_floating_point() else t.dtype for name, t in weights.items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            raise ValueError(f"{folder / 'model.safetensors'} must fit {file.name}: {name} must be "
-                             f"{wanted.get(name, 'absent')}, got {found.get(name, 'nothing')}")
-    model.load_state_dict(weights, assign=True)
+    borrow(model, config.frozen)
+    found = read_weights(folder / "model.safetensors")[0]
+    fill(model, folder, found, learnt(model).keys())
     return model.to(device)
 
 

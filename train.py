@@ -5,6 +5,8 @@
     python train.py --data DIR      your own clips and conversations
     python train.py --task vqa --plan dense --out out/dense
     python train.py --task vqa --init out/dense --plan arank --out out/gamma
+    python train.py --llm DIR --vision DIR --data DIR --gate unit
+    torchrun --nproc_per_node=2 train.py    the same steps on two GPUs
 """
 
 import json
@@ -20,8 +22,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
@@ -31,12 +37,15 @@ import model as models
 from data import Tokenizer
 from eval import ranks_of, report
 from mod import GATES, MASKED, PLACEMENTS, Groups, check_keep_ratio, flops, placement
-from model import VideoLM, check_fields, opt, streaming_loss, write, write_json
+from model import Config, VideoLM, check_fields, opt, streaming_loss, write, write_json
+
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
 # What a task takes where no flag says otherwise (all but the steps if it starts from --init).
 TASK_DEFAULTS = {"vqa": {
     "preset": "deep", "keep": 0.5, "router": "shared", "gate": "unit", "masked": "question+answer",
     "routing_loss": 0.01, "steps": 1200, "muon_lr": 0.005, "adam_lr": 0.003}}
+PRETRAINED_DEFAULTS = {"adam_lr": 0.0002}  # with --llm, as the paper; Muon is then not used
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,13 @@ class TrainConfig:
     partial: bool = opt(False, "use what can be decoded of damaged clips")
     preset: str = opt("tiny", f"sizes of the model: {', '.join(models.PRESETS)}")
     init: str = opt("", "run folder whose weights to start from, instead of a preset")
+    llm: str = opt("", "Hugging Face folder of a Llama, Mistral or Qwen2: the decoder to start from")
+    vision: str = opt("", "Hugging Face folder of a CLIP or SigLIP: the encoder to start from")
+    train_vision: bool = opt(False, "with --vision: let the encoder learn too")
+    pool: int = opt(0, "a frame is CLS and a pool x pool grid (0: the preset's, 3 with --vision)")
+    lora_rank: int = opt(128, "with --llm: rank of the adapters, 0: the decoder itself learns")
+    lora_alpha: float = opt(256.0, "with --llm: the adapters' update is weighed by alpha / rank")
+    lora_dropout: float = opt(0.05, "with --llm: dropout before the adapters")
     plan: str = opt("interleaved", f"which layers are routed: arank (by the ARank of the --init run), "
                                    f"{', '.join(PLACEMENTS)}")
     dense_layers: int = opt(0, "with --plan arank: layers that stay dense (0: an eighth of them, at most 4)")
@@ -67,12 +83,14 @@ class TrainConfig:
     save_every: int = opt(100, "steps between checkpoints")
     streams: int = opt(64, "held-out streams to evaluate on at the end")
     device: str = opt("", "cpu or cuda (default: cuda where there is one)")
+    shard: bool = opt(False, "with torchrun: share the weights out among the GPUs, do not replicate them")
     compile: bool = opt(False, "compile the model for training")
     resume: bool = opt(False, "go on with the run in --out")
 
     def __post_init__(self):
         check_keep_ratio(self.keep)
-        check_fields(self, may_be_zero=("seed", "keep", "warmup", "sigma", "dense_layers", "routing_loss"))
+        check_fields(self, ("seed", "keep", "warmup", "sigma", "dense_layers", "routing_loss", "pool",
+                            "lora_rank", "lora_dropout"))
         data.check_fps(self.fps)
 
     @property
@@ -87,33 +105,52 @@ class TrainConfig:
 
 
 def build(cfg: TrainConfig) -> VideoLM:
-    """The model before its first step: drawn from the seed, but for the weights that another run has."""
+    """The model before its first step: pretrained weights or those of another run, the rest drawn."""
     donor = models.load(Path(cfg.init), models.pick_device(cfg.device)) if cfg.init else None
-    sizes = donor.config if donor else replace(models.preset(cfg.preset), vocab_size=len(Tokenizer()))
+    sizes = donor.config if donor else start(cfg)
     if cfg.plan == "arank":
-        if donor is None:
-            raise ValueError("init must name a trained dense run for the plan arank, got none")
+        if not donor and not cfg.llm:
+            raise ValueError("init or llm must name a trained dense model for the plan arank, got neither")
         source = data.open_source(cfg.task, cfg.data, cfg.fps, cfg.partial, sizes.image_size)
-        ranks = ranks_of(donor, data.tokenizer_for(sizes.vocab_size), source.batch(0, 0, 50))
+        tokenizer = data.tokenizer_for(sizes.vocab_size, sizes.llm)
+        ranks = ranks_of(donor or models.build(sizes, cfg.seed), tokenizer, source.batch(0, 0, 50))
         keep = mod.rank_placement(ranks.mean(0).tolist(), cfg.keep, cfg.dense_layers)
     else:
         keep = placement(cfg.plan, sizes.num_hidden_layers, cfg.keep)
-    model = VideoLM(replace(sizes, keep=keep, router=cfg.router, gate=cfg.gate, masked=cfg.masked))
-    models.initialise(model, cfg.seed)
+    routed = replace(sizes, keep=keep, router=cfg.router, gate=cfg.gate, masked=cfg.masked)
+    model = models.build(routed, cfg.seed)
     if donor:
         wanted = model.state_dict()
-        model.load_state_dict(wanted | {name: t for name, t in donor.state_dict().items() if name in wanted})
+        models.assign(model, {name: t for name, t in donor.state_dict().items() if name in wanted})
     return model
 
 
+def start(cfg: TrainConfig) -> Config:
+    """The dense Config of a preset, with those of pretrained folders in its place."""
+    sizes = replace(models.preset(cfg.preset), vocab_size=len(Tokenizer()), train_vision=cfg.train_vision)
+    if cfg.llm:
+        sizes = replace(sizes, lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha,
+                        lora_dropout=cfg.lora_dropout)
+    sizes = replace(sizes, pool=cfg.pool or (3 if cfg.vision else sizes.pool))
+    return models.pretrained(sizes, cfg.llm, cfg.vision, len(data.SPECIAL) if cfg.llm else 0)
+
+
 def make_optimizers(model: VideoLM, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of blocks and projector; AdamW for embeddings, head, norms, biases, routers."""
+    """Muon for the matrices of blocks and projector; AdamW for embeddings, head, norms, biases, routers.
+
+    With a pretrained decoder AdamW for all, as in the paper: Muon takes no account of what is there.
+    """
     hidden: list[Tensor] = []
     rest: list[Tensor] = []
     for name, p in model.named_parameters():
-        (hidden if p.dim() == 2 and ("layers." in name or "projector" in name) else rest).append(p)
-    return [torch.optim.Muon(hidden, lr=cfg.muon_lr, weight_decay=0.0),
-            torch.optim.AdamW(rest, lr=cfg.adam_lr, weight_decay=0.0, fused=rest[0].is_cuda)]
+        if p.requires_grad:
+            muon = p.dim() == 2 and ("layers." in name or "projector" in name) and not model.config.llm
+            (hidden if muon else rest).append(p)
+    adam = torch.optim.AdamW(rest, lr=cfg.adam_lr, weight_decay=0.0, fused=rest[0].is_cuda)
+    optimizers = [torch.optim.Muon(hidden, lr=cfg.muon_lr, weight_decay=0.0), adam] if hidden else [adam]
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["peak"] = optimizer.param_groups[0]["lr"]
+    return optimizers
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
@@ -121,46 +158,77 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     return min(1.0, (step + 1) / max(1, cfg.warmup)) * (0.5 + 0.5 * math.cos(math.pi * step / cfg.steps))
 
 
+def distribute(model: VideoLM, cfg: TrainConfig) -> VideoLM:
+    """Share the weights of a model out among the processes, or leave each its own, the same in all."""
+    if cfg.shard and dist.is_initialized():
+        mesh = init_device_mesh(model.lm_head.weight.device.type, (dist.get_world_size(),))
+        for block in [*model.layers, model]:
+            fully_shard(block, mesh=mesh, reshard_after_forward=block is not model)
+    return model
+
+
+def whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def over_all(numbers: Tensor) -> Tensor:
+    """The sum over processes, in each of them."""
+    if dist.is_initialized():
+        dist.all_reduce(numbers)
+    return numbers
+
+
 def batch_loss(model: VideoLM, cfg: TrainConfig, b: data.Batch) -> Tensor:
-    """The loss of a batch, in bf16 where that is fast."""
-    device = model.lm_head.weight.device
-    groups = Groups.plan(b.group, model.config.keep, b.real).to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        out = model(b.tokens.to(device), b.frames.to(device), groups, b.seed.to(device))
-        loss = streaming_loss(model, out.hidden, b.labels, torch.where(b.decision, cfg.sigma, 1.0))
+    """The loss of a batch, in bf16 where that is fast; of a part of a batch, its share of the whole's."""
+    weight = model.lm_head.weight
+    groups = Groups.plan(b.group, model.config.keep, b.real).to(weight.device)
+    counts = torch.stack([(b.labels >= 0).sum(), (b.group >= 0).sum()]).double()  # on the host
+    told, competing = (counts / over_all(counts.clone()).clamp(min=1)).tolist()  # 1 in a single process
+    fast = weight.is_cuda and weight.dtype == torch.float32
+    with torch.autocast(weight.device.type, torch.bfloat16, enabled=fast):
+        out = model(b.tokens.to(weight.device), b.frames.to(weight.device), groups, b.seed.to(weight.device))
+        loss = told * streaming_loss(model, out.hidden, b.labels, torch.where(b.decision, cfg.sigma, 1.0))
         for layer, score in out.score.items():  # summed over layers, as in the code of gamma-MoD
-            loss = loss + cfg.routing_loss * mod.routing_loss(score, out.keep[layer], groups)
+            loss = loss + cfg.routing_loss * competing * mod.routing_loss(score, out.keep[layer], groups)
         return loss
 
 
 def train_step(model: VideoLM, optimizers: list, cfg: TrainConfig, b: data.Batch, step: int) -> dict:
     """One update on a batch -> the numbers of its log line. Raises ValueError if the loss is not finite."""
+    torch.manual_seed((cfg.seed << 24) + (step << 8) + RANK)  # of dropout
     loss = batch_loss(model, cfg, b)
-    loss.backward()
-    norm = clip_grad_norm_(model.parameters(), cfg.clip)
+    (loss * (RANKS if cfg.shard else 1)).backward()  # fully_shard takes the mean of the gradients
+    learnt = [p for p in model.parameters() if p.grad is not None]
+    for p in () if cfg.shard else learnt:
+        over_all(p.grad)
+    norm = whole(clip_grad_norm_(learnt, cfg.clip))
+    loss = over_all(loss.detach())
     if not loss.isfinite() or not norm.isfinite():
         raise ValueError(f"loss and gradient must stay finite, got {loss} and norm {norm} at step {step}")
-    for optimizer, peak in zip(optimizers, (cfg.muon_lr, cfg.adam_lr), strict=True):
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = peak * learning_rate(step, cfg)
+            group["lr"] = group["peak"] * learning_rate(step, cfg)
         optimizer.step()
         optimizer.zero_grad()
-    return {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "tokens": int(b.real.sum())}
+    tokens = int(over_all(b.real.sum()))
+    return {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "tokens": tokens}
 
 
 def checkpoint(folder: Path, model: VideoLM, optimizers: list, step: int) -> None:
-    """Save weights and optimizer state after so many steps.
+    """Save weights and optimizer state after so many steps; all processes call it, the first writes.
 
     What counts is the rename of model.safetensors, which holds its step: the optimizer state of that step is
     on disk by then, and that of the last checkpoint still is. So a kill at any time leaves a whole one.
     """
-    state = {f"{i}.{n}.{key}": t.contiguous() for i, optimizer in enumerate(optimizers)
+    state = {f"{i}.{n}.{key}": whole(t).contiguous() for i, optimizer in enumerate(optimizers)
              for n, values in optimizer.state_dict()["state"].items() for key, t in values.items()}
-    write(folder / f"optimizer-{step}.safetensors", lambda path: save_file(state, path))
-    models.save(folder, model, step)
-    for old in folder.glob("optimizer-*.safetensors"):
-        if old.name != f"optimizer-{step}.safetensors":
-            old.unlink()
+    weights = {name: whole(t) for name, t in models.learnt(model).items()}
+    if RANK == 0:
+        write(folder / f"optimizer-{step}.safetensors", lambda path: save_file(state, path))
+        models.save(folder, model, step, weights)
+        for old in folder.glob("optimizer-*.safetensors"):
+            if old.name != f"optimizer-{step}.safetensors":
+                old.unlink()
 
 
 def resume(folder: Path, optimizers: list) -> int:
@@ -170,6 +238,9 @@ def resume(folder: Path, optimizers: list) -> int:
     try:
         for name, t in models.read_weights(file)[0].items():
             i, n, key = name.split(".")
+            p = optimizers[int(i)].param_groups[0]["params"][int(n)]
+            if isinstance(p, DTensor) and t.shape == p.shape:
+                t = distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
             values[int(i)].setdefault(int(n), {})[key] = t
         for optimizer, state in zip(optimizers, values, strict=True):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
@@ -177,15 +248,20 @@ def resume(folder: Path, optimizers: list) -> int:
         raise ValueError(f"{file} must hold the optimizer state of step {step}: {error}") from None
     lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines[: step + 1] if line.endswith("\n")]  # the first line is not a step
-    write(folder / "log.jsonl", lambda path: path.write_text("".join(kept)))
+    if RANK == 0:
+        write(folder / "log.jsonl", lambda path: path.write_text("".join(kept)))
     return step
 
 
 def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
     """The settings of this run; with --resume those it began with. Raises ValueError if the given clash."""
     fixed = given | ({"steps"} if cfg.init else set())
-    usual = {name: value for name, value in TASK_DEFAULTS.get(cfg.task, {}).items() if name not in fixed}
-    cfg = replace(cfg, **usual, data=cfg.data and str(Path(cfg.data).resolve()))  # the same from any folder
+    usual = TASK_DEFAULTS.get(cfg.task, {})
+    if cfg.llm or (cfg.init and models.read_config(Path(cfg.init)).llm):
+        usual = usual | PRETRAINED_DEFAULTS
+    cfg = replace(cfg, **{name: value for name, value in usual.items() if name not in fixed})
+    paths = {name: getattr(cfg, name) for name in ("data", "llm", "vision")}  # the same from any folder
+    cfg = replace(cfg, **{name: str(Path(path).resolve()) for name, path in paths.items() if path})
     file = cfg.folder / "train.json"
     if not cfg.resume:
         if (cfg.folder / "model.safetensors").exists():
@@ -210,7 +286,8 @@ def first_line(cfg: TrainConfig, model: VideoLM, b: data.Batch) -> dict:
     return {"argv": sys.argv[1:], **asdict(cfg), "commit": commit, "torch": torch.__version__,
             "python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count(),
             "parameters": sum(p.numel() for p in model.parameters()), "placement": model.config.keep,
-            "flops_of_dense": share_of_dense(model, b), "activations_mib": activation_memory(model, cfg, b)}
+            "learnt": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "flops_of_dense": share_of_dense(model, b), "processes": RANKS}
 
 
 def share_of_dense(model: VideoLM, b: data.Batch) -> float:
@@ -222,46 +299,36 @@ def share_of_dense(model: VideoLM, b: data.Batch) -> float:
     return round(routed / dense, 4)
 
 
-def activation_memory(model: VideoLM, cfg: TrainConfig, b: data.Batch) -> float:
-    """MiB that a forward pass on this batch keeps for the backward pass, the weights aside."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}  # storage -> bytes
-
-    def count(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        held = batch_loss(model, cfg, b)  # until they are counted, so that no storage is counted twice
-    del held
-    return round(sum(n for storage, n in kept.items() if storage not in weights) / 2**20, 1)
-
-
 def main(argv: list[str] | None = None) -> None:
     cfg = settings(*models.parse(TrainConfig, argv, __doc__))
     device, folder = models.pick_device(cfg.device), cfg.folder
+    if RANKS > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     model = models.load(folder, device) if cfg.resume else build(cfg).to(device)
-    tokenizer = data.tokenizer_for(model.config.vocab_size)
+    tokenizer = data.tokenizer_for(model.config.vocab_size, model.config.llm)
     source = data.open_source(cfg.task, cfg.data, cfg.fps, cfg.partial, model.config.image_size)
+    model = distribute(model, cfg)
     optimizers = make_optimizers(model, cfg)
     start = resume(folder, optimizers) if cfg.resume else 0
 
     def batch(step: int) -> data.Batch:
-        samples = source.batch(cfg.seed, step, cfg.batch)
+        samples = source.batch(cfg.seed, step, cfg.batch)[RANK::RANKS]
         return data.collate(samples, model.config.tokens_per_frame, tokenizer, MASKED[model.config.masked])
 
     first = first_line(cfg, model, batch(0))
-    print(f"{folder}: {first['parameters']:,} parameters on {device}\n"
-          f"keep {', '.join(f'{r:g}' for r in model.config.keep)}\n{first['flops_of_dense']:.0%} of the "
-          f"dense FLOPs, {first['activations_mib']:.0f} MiB of activations a step")
+    if RANK == 0:
+        print(f"{folder}: {first['parameters']:,} parameters, {first['learnt']:,} learnt, on {device}\n"
+              f"keep {', '.join(f'{r:g}' for r in model.config.keep)}\n"
+              f"{first['flops_of_dense']:.0%} of the dense FLOPs a step")
     if not cfg.resume:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "train.json", asdict(cfg))
-        write(folder / "log.jsonl", lambda path: path.write_text(json.dumps(first) + "\n"))
+        if RANK == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "train.json", asdict(cfg))
+            write(folder / "log.jsonl", lambda path: path.write_text(json.dumps(first) + "\n"))
         checkpoint(folder, model, optimizers, 0)  # from here on it is a run
     stepped = torch.compile(model) if cfg.compile else model  # the same parameters; evaluation stays as it is
-    with open(folder / "log.jsonl", "a") as log:
-        bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, ncols=80)
+    with open(folder / "log.jsonl" if RANK == 0 else os.devnull, "a") as log:
+        bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, ncols=80, disable=RANK > 0)
         for step in bar:
             began = time.perf_counter()
             numbers = train_step(stepped, optimizers, cfg, batch(step), step)
@@ -270,9 +337,13 @@ def main(argv: list[str] | None = None) -> None:
             bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {1000 * numbers['seconds']:.0f} ms a step")
             if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                 checkpoint(folder, model, optimizers, step + 1)
+    if RANKS > 1:
+        dist.destroy_process_group()
+    if RANK > 0:
+        return
     took = median(json.loads(line)["seconds"] for line in (folder / "log.jsonl").read_text().splitlines()[1:])
     print(f"median step {1000 * took:.0f} ms")
-    report(folder, model.eval(), tokenizer, source, cfg.streams)
+    report(folder, models.load(folder, device).eval(), tokenizer, source, cfg.streams)  # as it was saved
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ SMALL = ["--steps", "1", "--batch", "1", "--streams", "1", "--device", "cpu"]
     (train.main, ["--data", "/absent"], "/absent must hold clips"),
     (train.main, ["--init", "/absent"], r"/absent/config\.json must hold the Config"),
     (evaluation.main, ["/absent"], r"/absent/config\.json must hold the Config"),
-    (train.main, ["--plan", "arank"], "init must name a trained dense run for the plan arank, got none"),
+    (train.main, ["--plan", "arank"], "init or llm must name a trained dense model for the plan arank"),
     (train.main, ["--masked", "all"], "masked must be one of text, .*, got all"),
     (evaluation.main, ["--threshold", "2"], "threshold must be at most 1, got 2"),
     (evaluation.main, ["--window", "-1"], "window must be at least 0 and below .*, got -1"),

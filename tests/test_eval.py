@@ -116,12 +116,12 @@ def test_the_picture_fades_what_was_skipped_and_nothing_else():
 def test_a_frame_is_cls_and_the_grid_of_mean_patches_row_by_row():
     vision = initialise(VideoLM(Config(image_size=16, patch_size=4, pool=2)), 0).double().vision_model
     vision.encoder["layers"] = nn.ModuleList()  # without attention, a patch is known from its own pixels
-    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pixels = torch.randint(256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     e, place = vision.embeddings, vision.embeddings.position_embedding.weight
 
     def token(row, column):
-        patch = pixels[..., 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
-        x = e.patch_embedding(patch)[0, :, 0, 0] + place[1 + 4 * row + column]
+        patch = pixels.double()[..., 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+        x = e.patch_embedding(patch / 127.5 - 1)[0, :, 0, 0] + place[1 + 4 * row + column]
         return vision.post_layernorm(vision.pre_layrnorm(x))
 
     expected = [vision.post_layernorm(vision.pre_layrnorm(e.class_embedding + place[0]))]

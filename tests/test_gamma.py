@@ -30,7 +30,7 @@ def test_the_shared_router_is_one_tensor_wherever_it_goes(tmp_path_factory, mode
     assert names == ["routers.shared.weight"] * any(0 < r < 1 for r in model.config.keep)
     save(folder := tmp_path_factory.mktemp("run"), model)
     assert [name for name in load(folder).state_dict() if name.startswith("routers")] == names
-    optimizers = train.make_optimizers(model, train.TrainConfig())
+    optimizers = train.make_optimizers(model.requires_grad_(True), train.TrainConfig())
     trained = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sum(p is router.weight for router in model.routers.values() for p in trained) == len(names)
 

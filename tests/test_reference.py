@@ -61,8 +61,8 @@ def scores_of(model, layer, x, tokens, seed):
 def reference(model, tokens, frames, group, late, seed):
     """One stream, its tokens as lists -> hidden states and the kept tokens of each layer"""
     c = model.config
-    pixels, encode, project = frames.double() / 127.5 - 1, model.vision_model, model.multi_modal_projector
-    vision = iter([row for frame in pixels for row in project(encode(frame[None]))[0]])
+    encode, project = model.vision_model, model.multi_modal_projector
+    vision = iter([row for frame in frames for row in project(encode(frame[None]))[0]])
     x = [next(vision) if t < 0 else model.embed_tokens.weight[t] for t in tokens]
     kept_in = []
     for layer, (block, r) in enumerate(zip(model.layers, c.keep, strict=True)):

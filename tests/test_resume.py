@@ -44,10 +44,10 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits_as_a_whole_one(whole, tm
     def step(model, optimizers, cfg, batch, n):
         return kill() if moment == f"in step {n}" else original(model, optimizers, cfg, batch, n)
 
-    def saving(folder, model, number):
+    def saving(folder, model, number, weights):
         if number == 4 and moment.startswith("before"):
             kill()
-        save_weights(folder, model, number)
+        save_weights(folder, model, number, weights)
         if number == 4 and moment.startswith("after"):
             kill()
 

@@ -1,0 +1,73 @@
+"""Adapters learn, nothing else of the decoder does, and merging them changes nothing but rounding."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_pretrained import FIXTURES, SMALL, logits
+
+import model as models
+import train
+from data import World, collate
+from mod import MASKED
+from model import Linear
+
+FOLDERS = {"llm": str(FIXTURES / "qwen2"), "vision": str(FIXTURES / "clip")}  # tied, with biases
+
+
+def adapted(rank: int, alpha: float = 4.0, dropout: float = 0.0, **changes) -> models.VideoLM:
+    sizes = replace(SMALL, lora_rank=rank, lora_alpha=alpha, lora_dropout=dropout)
+    config = models.pretrained(sizes, **FOLDERS, new_tokens=6)
+    return models.build(replace(config, **changes), seed=1)
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 5), st.sampled_from([0.5, 3.0, 16.0]), st.integers(0, 99))
+def test_merged_adapters_are_the_unmerged_to_rounding_and_begin_as_no_change(rank, alpha, seed):
+    net, tokens = adapted(rank, alpha).double().eval(), torch.arange(20)[None]
+    plain = models.build(models.pretrained(SMALL, **FOLDERS, new_tokens=6)).double()
+    assert torch.equal(logits(net, tokens), logits(plain, tokens))
+    maps = [module for module in net.modules() if isinstance(module, Linear)]
+    assert len(maps) == 7 * 2 + 1 and all(m.lora_A.shape[0] == rank for m in maps)  # and lm_head
+    for m in maps:
+        torch.nn.init.normal_(m.lora_B, generator=torch.Generator().manual_seed(seed))
+    merged = models.merge(net)
+    assert not any("lora_" in name for name in merged.state_dict()) and merged.config.lora_rank == 0
+    assert not torch.equal(logits(net, tokens), logits(plain, tokens))
+    torch.testing.assert_close(logits(merged, tokens), logits(net, tokens), rtol=1e-9, atol=1e-9)
+
+
+def test_a_step_changes_the_adapters_the_router_the_projector_and_the_new_tokens_alone(tmp_path):
+    net = adapted(3, dropout=0.5, keep=(0.5, 0.5), router="shared", gate="unit")
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    cfg = train.TrainConfig(llm=FOLDERS["llm"], adam_lr=0.1, warmup=0)
+    optimizers, world = train.make_optimizers(net, cfg), World(net.config.image_size)
+    tokenizer = type("Tiny", (), {"opening": [], "encode": lambda self, text: [5] * len(text.split()), **dict(
+        zip(("pad", "user", "assistant", "end", "frame", "silent"), range(96, 102), strict=True))})()
+    batch = collate(world.batch(0, 0, 2), net.config.tokens_per_frame, tokenizer, MASKED["text"])
+    for step in (1, 2):  # after the first, the gradient of A is no longer zero
+        train.train_step(net, optimizers, cfg, batch, step)
+    changed = {name for name, t in net.state_dict().items() if not torch.equal(t, before[name])}
+    own = {name for name in before if "lora_" in name or name.startswith(("multi_modal", "routers", "new_"))}
+    assert changed == own == set(models.learnt(net)) and "routers.shared.weight" in own
+    models.save(tmp_path, net)
+    assert set(load_file(tmp_path / "model.safetensors")) == own
+    again = models.load(tmp_path)
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in net.state_dict().items())
+    models.save(tmp_path / "merged", models.merge(again))
+    merged = models.load(tmp_path / "merged")
+    assert "lm_head.weight" in load_file(tmp_path / "merged" / "model.safetensors")  # no longer tied
+    a, b = (logits(m.float().eval(), torch.arange(102)[None]) for m in (net, merged))
+    assert (a - b).norm() < 0.02 * a.norm()  # W is bfloat16, so merging rounds
+
+
+def test_a_run_whose_pretrained_folder_is_gone_says_so(tmp_path):
+    net = adapted(1)
+    net.config = replace(net.config, llm=str(tmp_path / "gone"))
+    models.save(tmp_path / "run", net)
+    with pytest.raises(ValueError, match=r"gone/model\.safetensors must be a safetensors file"):
+        models.load(tmp_path / "run")
