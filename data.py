@@ -5,30 +5,36 @@ A stream is frames at a fixed rate and turns of text. In the sequence a frame is
 A question after the last frame is answered without being asked whether.
 """
 
+import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import struct
 import subprocess
-import threading
+import tempfile
 import zlib
-from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 QUERY = "Narrate what you see, as it happens."
+NARRATE = "Narrate what happens, as it happens. Call who wears the camera C, and others by letters."
 SYSTEM, DESCRIBE = "Answer the questions about the picture.", "Describe it."
 
 # --- tokenizer ----------------------------------------------------------------------------------------------
 
 SPECIAL = ("<pad>", "<user>", "<assistant>", "<end>", "<frame>", "<silent>")
+MEMORY = 2**30  # bytes of decoded frames, or of features, that a folder keeps
 VISION = -1  # marks the place of a vision token; it has no row in the embedding table
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230), "yellow": (235, 215, 50),
@@ -127,7 +133,7 @@ class Turn(NamedTuple):
 
 
 class Sample(NamedTuple):
-    frames: np.ndarray  # (F, S, S, 3) uint8 RGB
+    frames: np.ndarray  # (F, S, S, 3) uint8 RGB, or (F, P, W) float32 features of a frozen encoder
     turns: list[Turn]
     seed: int  # names the stream
 
@@ -140,7 +146,7 @@ class Batch(NamedTuple):
     real: Tensor  # (B, T) bool, False: padding
     labels: Tensor  # (B, T) int64, the token to predict at this place, -100: none
     decision: Tensor  # (B, T) bool, labels that are decisions to speak or stay silent
-    frames: Tensor  # (B, F, 3, S, S) uint8, zeros after the last frame of a stream
+    frames: Tensor  # (B, F, 3, S, S) uint8 or (B, F, P, W) float32, zeros after the last frame of a stream
     seed: Tensor  # (B,) int64
 
 
@@ -190,21 +196,28 @@ def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tok
     return [tokens, group, labels]
 
 
+def stack(frames: list[np.ndarray]) -> Tensor:
+    """Frames of B streams, pixels (F, S, S, 3) or features (F, P, W) -> as in Batch"""
+    array = np.zeros((len(frames), max(map(len, frames)), *frames[0].shape[1:]), frames[0].dtype)
+    for row, mine in zip(array, frames, strict=True):
+        row[: len(mine)] = mine
+    tensor = torch.from_numpy(array)
+    return tensor.movedim(-1, -3) if tensor.dtype == torch.uint8 else tensor
+
+
 def collate(samples: list[Sample], tokens_per_frame: int, tokenizer: Tokenizer,
             masked: Collection[str]) -> Batch:
     rows = [layout(s.turns, len(s.frames), tokens_per_frame, tokenizer, masked) for s in samples]
-    B, T, F = len(rows), max(len(row[0]) for row in rows), max(len(s.frames) for s in samples)
+    B, T = len(rows), max(len(row[0]) for row in rows)
     tokens, group, labels = (np.full((B, T), fill) for fill in (tokenizer.pad, -1, -100))
-    frames = np.zeros((B, F, *samples[0].frames.shape[1:]), np.uint8)
-    for b, (row, sample) in enumerate(zip(rows, samples, strict=True)):
+    for b, row in enumerate(rows):
         for array, values in zip((tokens, group, labels), row, strict=True):
             array[b, : len(values)] = values
-        frames[b, : len(sample.frames)] = sample.frames
     tokens, group, labels = (torch.from_numpy(a) for a in (tokens, group, labels))
     real = torch.arange(T) < torch.tensor([[len(row[0])] for row in rows])
-    frames = torch.from_numpy(frames).permute(0, 1, 4, 2, 3)  # (B, F, 3, S, S)
     decision = (tokens == tokenizer.frame) & (labels >= 0)
-    return Batch(tokens, group, real, labels, decision, frames, torch.tensor([s.seed for s in samples]))
+    frames, seed = stack([s.frames for s in samples]), torch.tensor([s.seed for s in samples])
+    return Batch(tokens, group, real, labels, decision, frames, seed)
 
 
 # --- the embedded worlds ------------------------------------------------------------------------------------
@@ -216,7 +229,8 @@ class World:
     What is to be said, and when, is known exactly. A sample is a pure function of (seed, split, number).
     """
 
-    fps, kind, asks = 2.0, "held-out streams", False  # asks: each sample ends in a question
+    fps, kind, asks = 2.0, "held-out streams", False  # asks: each sample ends in a question and its answer
+    scores: tuple[str, ...] = ()  # names in eval.SCORES
 
     def __init__(self, size: int, frames: int = 8) -> None:
         self.size, self.frames = size, frames
@@ -226,6 +240,9 @@ class World:
 
     def held_out(self, count: int) -> list[Sample]:
         return [self.sample(0, "test", i) for i in range(count)]
+
+    def pixels(self, sample: Sample) -> np.ndarray:
+        return sample.frames
 
     def sample(self, seed: int, split: str, number: int) -> Sample:
         rng = np.random.default_rng([seed, split == "train", number])
@@ -296,17 +313,64 @@ class VQA(World):
         return Sample(frames.clip(0, 255).astype(np.uint8), [Turn(0, "system", SYSTEM), *turns], number)
 
 
+RECIPES = {  # a step may be of several, so that one alone does not tell the recipe
+    "tea": ("red disc", "white ring", "blue cross", "green disc", "black triangle", "yellow ring"),
+    "soup": ("white ring", "red disc", "yellow cross", "black disc", "blue triangle", "green ring"),
+    "bread": ("blue cross", "yellow cross", "red disc", "green triangle", "white disc", "black ring"),
+    "paint": ("green disc", "black disc", "white ring", "yellow triangle", "red cross", "blue ring")}
+
+
+class Forecast(World):
+    """Three steps of a hidden recipe flash in order; asked before them, the answer after lists the rest."""
+
+    kind, asks, scores, question = "held-out questions", True, ("top1", "forecast"), "What is next?"
+
+    def sample(self, seed: int, split: str, number: int) -> Sample:
+        rng = np.random.default_rng([seed, split == "train", number])
+        frames, recipe, first = self.ground(rng), rng.choice(list(RECIPES)), rng.integers(3)
+        steps, shown = RECIPES[recipe][first:], np.sort(rng.permutation(self.frames)[:3])
+        for frame, step in zip(shown, steps, strict=False):
+            self.paint(frames[frame], rng, *step.split(), *rng.integers(3, size=2))
+        question, answer = self.ask(rng, recipe, steps)
+        turns = [Turn(0, "user", question), Turn(self.frames - 1, "assistant", answer)]
+        return Sample(frames.clip(0, 255).astype(np.uint8), turns, number)
+
+    def ask(self, rng: np.random.Generator, recipe: str, steps: tuple[str, ...]) -> tuple[str, str]:
+        return self.question, numbered(f"{step}." for step in steps[3:])
+
+    def answers(self) -> list[str]:
+        return [*RECIPES, *map(numbered, RECIPES.values())]
+
+
+class Summary(Forecast):
+    """The same streams; the reply lists the steps that were seen, or names the recipe."""
+
+    scores = ("top1",)
+
+    def ask(self, rng: np.random.Generator, recipe: str, steps: tuple[str, ...]) -> tuple[str, str]:
+        asked = [(DESCRIBE, numbered(f"{step}." for step in steps[:3])), ("What is it?", recipe)]
+        return asked[rng.integers(2)]
+
+
 # --- real videos --------------------------------------------------------------------------------------------
 
-CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,apng,h264,hevc,ivf,m4v,mjpeg,mxf"
+CONTAINERS = ("mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,apng,h264,hevc,ivf,m4v,mjpeg,mxf,"
+              "jpeg_pipe,png_pipe,webp_pipe,bmp_pipe")
 
 
-def read_video(path: Path, fps: float, size: int, partial: bool = False) -> Iterator[np.ndarray]:
+def grid(time: float, fps: float) -> int:
+    """The first frame that is not earlier than a time in seconds."""
+    return math.ceil(time * fps - 1e-9)
+
+
+def read_video(path: Path, fps: float, size: int, partial: bool = False, start: float = 0.0,
+               end: float = math.inf) -> Iterator[np.ndarray]:
     """Decode a file through the ffmpeg program, frame by frame as they are asked for.
 
     fps: frames a second; frame i shows the last picture of the file that is not later than i / fps seconds
     size: S; the picture is turned as its rotation says, shrunk to fit and centred on black
     partial: keep what could be decoded of a damaged file instead of refusing it
+    start, end: seconds; only these frames, from and to the first that is not earlier
     -> yields (S, S, 3) uint8 RGB. Raises ValueError: no ffmpeg, no such file, no frame, damage.
     Note: nothing but this local file is opened: no protocol, and no container that names other files.
     """
@@ -315,99 +379,333 @@ def read_video(path: Path, fps: float, size: int, partial: bool = False) -> Iter
         raise ValueError("ffmpeg must be on PATH to decode videos (apt or brew install ffmpeg), got none")
     if not Path(path).is_file():
         raise ValueError(f"{path} must be a video file, got no such file")
+    # A frame keeps the time of the file, so that is its number on the grid. After a seek to the key picture
+    # before, 10 s early for files without an index, `start_time` fills in what `trim` drops; `tpad` lets a
+    # span end a little after its file.
+    trim = f"trim=start_pts={grid(start, fps)}"
+    if end < math.inf:
+        trim = f"tpad=stop_mode=clone:stop_duration=2,{trim}:end_pts={grid(end, fps) + 1}"
     shape = f"scale={size}:{size}:force_original_aspect_ratio=decrease,pad={size}:{size}:-1:-1"
+    chain = f"fps={float(fps)}:round=up:start_time=0,{trim},setpts=PTS-STARTPTS,{shape}"
     command = [program, "-nostdin", "-v", "error", *([] if partial else ["-xerror"]),
-               "-protocol_whitelist", "file", "-format_whitelist", CONTAINERS, "-i", f"file:{path}",
-               "-map", "0:v:0", "-vf", f"fps={float(fps)}:round=up,{shape}",
-               "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    complaints: deque[bytes] = deque(maxlen=1)
-    listener = threading.Thread(target=complaints.extend, args=(process.stderr,), daemon=True)
-    listener.start()
+               "-protocol_whitelist", "file", "-format_whitelist", CONTAINERS, "-copyts", "-start_at_zero",
+               *(["-noaccurate_seek", "-ss", str(start - 10)] if start > 10 else []), "-i", f"file:{path}",
+               "-map", "0:v:0", "-vf", chain, "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
     count = 0
-    try:
-        while len(frame := process.stdout.read(size * size * 3)) == size * size * 3:
-            count += 1
-            yield np.frombuffer(frame, np.uint8).reshape(size, size, 3)
-        failed = process.wait() != 0
-        listener.join()
-        failed |= bool(complaints)  # ffmpeg can report damage and yet exit with 0
-        why = complaints[0].decode(errors="replace").strip() if complaints else "the file ends early"
-        if not count:
-            raise ValueError(f"{path} must be a video, got no frame from it: {why}")
-        if failed and not partial:
-            raise ValueError(f"{path} must decode whole, got {count} frames, then: {why} "
-                             "(--partial keeps them)")
-    finally:  # also when whoever asked for frames has had enough
-        process.kill()
-        process.wait()
-        listener.join()
-        process.stdout.close()
-        process.stderr.close()
-
-
-def read_conversations(path: Path) -> Iterator[tuple[int, str, list[dict]]]:
-    """JSONL, a video a line: {"video": name, "conversation": [{"time": s, "role": ..., "content": ...}, ...]}
-
-    -> yields (line number, video, turns). Raises ValueError naming file, line and value.
-    """
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        where = f"{path}, line {number}:"
-        if not line.strip():
-            continue
+    with (tempfile.TemporaryFile() as complaints,
+          subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints) as process):
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} must be JSON, got {line[:60]!r} ({error})") from None
-        entry = entry if isinstance(entry, dict) else {}
-        video, turns = entry.get("video"), entry.get("conversation")
-        if not isinstance(video, str) or Path(video).is_absolute() or ".." in Path(video).parts:
-            raise ValueError(f"{where} video must name a file inside {path.parent}, got {str(video)[:60]!r}")
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise ValueError(f"{where} conversation must be a list of turns, got {str(turns)[:60]}")
-        for turn in turns:
-            time, role, content = (turn.get(key) for key in ("time", "role", "content"))
-            if isinstance(time, bool) or not isinstance(time, int | float) or not 0 <= time < 1e9:
-                raise ValueError(f"{where} time must be a number from 0 to 1e9, got {repr(time)[:60]}")
-            if role not in ("user", "assistant"):
-                raise ValueError(f"{where} role must be user or assistant, got {str(role)[:60]!r}")
-            if not isinstance(content, str) or not content.strip() or re.search("[\ud800-\udfff]", content):
-                raise ValueError(f"{where} content must be text, got {str(content)[:60]!r}")
-        yield number, video, turns
+            while len(frame := process.stdout.read(size * size * 3)) == size * size * 3:
+                count += 1
+                yield np.frombuffer(frame, np.uint8).reshape(size, size, 3)
+            failed = process.wait() != 0
+            complaints.seek(0)
+            why = complaints.readline().decode(errors="replace").strip()
+        finally:  # also when whoever asked for frames has had enough
+            process.kill()
+    if not count:
+        raise ValueError(f"{path} must be a video, got no frame from it: {why or 'it ends before'}")
+    if (failed or why) and not partial:  # ffmpeg can report damage and yet exit with 0
+        raise ValueError(f"{path} must decode whole, got {count} frames, then: "
+                         f"{why or 'the file ends early'} (--partial keeps them)")
+
+
+class Clip(NamedTuple):
+    """A video, or a span of it, and what is said there: an entry of a .jsonl file or a benchmark."""
+
+    where: str  # to be named in errors
+    video: Path
+    start: float  # seconds
+    end: float
+    turns: list[dict]
+
+
+def check_entry(entry: object, where: str, folder: Path) -> Clip:
+    """{"video": name, "conversation": [{"time": s, "role": ..., "content": ...}, ...]}, and "start", "end"
+
+    Times are those of the video; a turn without one comes after the last frame, and its answer is given
+    without deciding to speak. Raises ValueError saying where, what must hold and what came.
+    """
+    def need(ok: bool, rule: str, got: object) -> None:
+        if not ok:
+            raise ValueError(f"{where} {rule}, got {repr(got)[:60]}")
+
+    def is_time(time: object, least: float = 0) -> bool:
+        return not isinstance(time, bool) and isinstance(time, int | float) and least <= time <= 1e9
+
+    entry = entry if isinstance(entry, dict) else {}
+    video, turns, start = entry.get("video"), entry.get("conversation"), entry.get("start", 0)
+    need(isinstance(video, str) and not Path(video).is_absolute() and ".." not in Path(video).parts,
+         f"video must name a file inside {folder}", video)
+    need(is_time(start), "start must be a number from 0 to 1e9", start)
+    need("end" not in entry or is_time(entry["end"], start), "end must not be before start", entry.get("end"))
+    need(isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns),
+         "conversation must be a list of turns", turns)
+    for turn in turns:
+        time, role, content = turn.get("time", start), turn.get("role"), turn.get("content")
+        need(is_time(time, start), f"time must be a number from {start} to 1e9", time)
+        need(role in ("user", "assistant"), "role must be user or assistant", role)
+        need(isinstance(content, str) and content.strip() and not re.search("[\ud800-\udfff]", content),
+             "content must be text", content)
+    return Clip(where, folder / video, start, entry.get("end", math.inf), turns)
+
+
+def read_conversations(folder: Path) -> Iterator[tuple[str, object]]:
+    """Every *.jsonl of a folder, an entry a line -> yields where it stands, and the entry"""
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            where = f"{path}, line {number}:"
+            try:
+                entry = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where} must be JSON, got {line[:60]!r} ({error})") from None
+            if line.strip():
+                yield where, entry
 
 
 class Folder:
-    """Clips and conversations: every *.jsonl of a folder. A batch is a function of (seed, step, rank)."""
+    """Clips of a folder and what is said in them. A batch is a function of (seed, step, rank).
 
-    kind, asks = "training clips", False  # a folder has no held-out ones
+    Frames are decoded, or their features read, when a batch needs them, and stay in memory up to MEMORY.
+    """
 
-    def __init__(self, folder: Path, size: int, fps: float = 2.0, partial: bool = False) -> None:
-        self.fps, self.samples = fps, []
-        for path in sorted(folder.glob("*.jsonl")):
-            for number, video, turns in read_conversations(path):
-                try:
-                    frames = np.stack(list(read_video(folder / video, fps, size, partial)))
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from None
-                last, said = len(frames) - 1, {}
-                for turn in turns:
-                    at = math.ceil(turn["time"] * fps - 1e-9)  # on the frame grid, never too early
-                    if at > last:
-                        raise ValueError(f"{path}, line {number}: time must be at most {last / fps} s, "
-                                         f"the last frame of {video}, got {turn['time']}")
-                    said.setdefault((at, turn["role"]), []).append(turn["content"])
-                joined = [Turn(*key, " ".join(texts)) for key, texts in said.items()]
-                self.samples.append(Sample(frames, joined, len(self.samples)))
-        if not any(turn.role == "assistant" for sample in self.samples for turn in sample.turns):
-            raise ValueError(f"{folder} must hold clips and a .jsonl file with replies to learn, got none")
+    def __init__(self, folder: Path, size: int, fps: float = 2.0, partial: bool = False,
+                 task: str = "narration") -> None:
+        self.folder, self.size, self.fps, self.partial, self.task = folder, size, fps, partial, task
+        self.reader, self.scores = READERS.get(task, (None, ()))
+        self.asks, self.kind = bool(self.scores), "held-out clips" if self.reader else "training clips"
+        self.memory: dict[tuple, np.ndarray] = {}  # video, start, end -> frames or features
+        self.encoder: tuple[Callable[[Tensor], Tensor], Path, str] | None = None
+        self.clips = self.read("train")
+
+    def read(self, split: str) -> list[Clip]:
+        """The clips of a split, whose videos are there; a folder of .jsonl files has but one."""
+        entries = read_conversations(self.folder)
+        if self.reader:
+            entries = ((f"{self.folder}, {self.task} {split} {number}:", entry)
+                       for number, entry in enumerate(self.reader(self.folder, split), 1))
+        try:
+            clips = [check_entry(entry, where, self.folder) for where, entry in entries]
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{self.folder} must hold annotations of {self.task}, got {error!r}") from None
+        there = {video: video.is_file() for video in {clip.video for clip in clips}}
+        for clip in clips:
+            if not there[clip.video] and not self.reader:
+                raise ValueError(f"{clip.where} {clip.video} must be a video file, got no such file")
+        found = [clip for clip in clips if there[clip.video]]
+        if not any(turn["role"] == "assistant" for clip in found for turn in clip.turns):
+            raise ValueError(f"{self.folder} must hold clips and, of {self.task} {split}, replies to learn, "
+                             f"got {len(found)} clips of {len(clips)}")
+        if len(found) < len(clips):
+            print(f"{self.folder}: {len(clips) - len(found)} of {len(clips)} clips lack their video")
+        return found
+
+    def encode(self, encoder: Callable[[Tensor], Tensor], cache: Path, key: str) -> None:
+        """From now on samples hold the features of a frozen encoder: each clip is encoded once, into a file.
+
+        encoder: (N, 3, S, S) uint8 -> (N, P, W);  cache: directory of the files;  key: names the encoder
+        """
+        cache.mkdir(parents=True, exist_ok=True)
+        self.encoder, self.memory = (encoder, cache, key), {}
+
+    def decode(self, clip: Clip) -> np.ndarray:
+        """-> (F, S, S, 3) uint8"""
+        return np.stack(list(read_video(clip.video, self.fps, self.size, self.partial, clip.start, clip.end)))
+
+    @torch.no_grad()
+    def features(self, clip: Clip) -> np.ndarray:
+        """-> (F, P, W) float32. Raises ValueError if the file of an earlier run is damaged."""
+        encoder, cache, key = self.encoder
+        stat = clip.video.stat()
+        about = f"{clip.video.name} {stat.st_size} {stat.st_mtime_ns} {clip.start} {clip.end} {self.fps} "
+        name = hashlib.sha256(f"{about} {self.size} {self.partial} {key}".encode()).hexdigest()[:32]
+        file = cache / f"{name}.safetensors"
+        if not file.exists():
+            parts = [encoder(part).float().cpu() for part in stack([self.decode(clip)])[0].split(64)]
+            save_file({"features": torch.cat(parts)}, unfinished := cache / f"{name}.{os.getpid()}.partial")
+            os.replace(unfinished, file)
+        try:
+            return load_file(file)["features"].numpy()
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ValueError(f"{file} must hold features (remove it to encode again): {error}") from None
+
+    def sample(self, clip: Clip, number: int) -> Sample:
+        try:
+            if (frames := self.memory.get(clip[1:4])) is None:
+                frames = self.features(clip) if self.encoder else self.decode(clip)
+        except ValueError as error:
+            raise ValueError(f"{clip.where} {error}") from None
+        if frames.nbytes + sum(held.nbytes for held in self.memory.values()) <= MEMORY:
+            self.memory[clip[1:4]] = frames
+        said: dict[tuple, list[str]] = {}  # on one frame it is said together, after the last it is not
+        for n, turn in enumerate(clip.turns):
+            at, last = len(frames), (len(frames) - 1) / self.fps
+            if "time" in turn:
+                at, n = grid(turn["time"], self.fps) - grid(clip.start, self.fps), -1
+                if at >= len(frames) and clip.end == math.inf:
+                    raise ValueError(f"{clip.where} time must be at most {last} s, the last frame of "
+                                     f"{clip.video.name}, got {turn['time']}")
+                at = min(at, len(frames) - 1)  # a span may end, rounded up, after its file
+            said.setdefault((at, turn["role"], n), []).append(turn["content"])
+        turns = [Turn(at, role, " ".join(texts)) for (at, role, _), texts in said.items()]
+        return Sample(frames, turns, number)
 
     def batch(self, seed: int, step: int, count: int, rank: int = 0) -> list[Sample]:
         """At most `count` clips, none of them twice."""
-        order = np.random.default_rng([seed, step, rank]).permutation(len(self.samples))
-        return [self.samples[i] for i in order[:count]]
+        order = np.random.default_rng([seed, step, rank]).permutation(len(self.clips))
+        return [self.sample(self.clips[i], i) for i in order[:count]]
 
     def held_out(self, count: int) -> list[Sample]:
-        return self.samples[:count]
+        """At most `count` clips from all over the validation split; a folder of .jsonl files has only one."""
+        self.tested = self.read("val") if self.reader else self.clips
+        every = max(1, len(self.tested) // count)
+        return [self.sample(self.tested[i], i) for i in range(0, len(self.tested), every)[:count]]
+
+    def pixels(self, sample: Sample) -> np.ndarray:
+        """The frames of a held-out sample -> (F, S, S, 3) uint8"""
+        return self.decode(self.tested[sample.seed]) if self.encoder else sample.frames
+
+    def answers(self) -> list[str]:
+        """All answers of the validation split."""
+        return [turn["content"] for clip in self.tested for turn in clip.turns if turn["role"] == "assistant"]
+
+
+# --- benchmarks: their own annotation files, as entries of the one format -----------------------------------
+
+
+def read_json(file: Path) -> dict | list:
+    """A JSON file in which a missing key is a ValueError that names it and the file."""
+    class Record(dict):
+        def __missing__(self, key: str) -> None:
+            raise ValueError(f"{file} must have {key!r} where it has {str(list(self))[:60]}, got none")
+
+    try:
+        return json.loads(file.read_text(), object_hook=Record)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} must be JSON: {error}") from None
+
+
+def sentence(text: str) -> str:
+    text = " ".join(text.split()).rstrip(". ")
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def numbered(lines: Iterable[str]) -> str:
+    return "\n".join(f"{n}. {line}" for n, line in enumerate(lines, 1))
+
+
+def span(video: str, start: float, end: float, question: str, answer: str) -> dict:
+    """An entry: a question before the first frame of a span, its answer at the last."""
+    asked = {"time": start, "role": "user", "content": question}
+    said = {"time": end, "role": "assistant", "content": answer}
+    return {"video": f"{video}.mp4", "start": start, "end": end, "conversation": [asked, said]}
+
+
+def ego4d(folder: Path, split: str) -> Iterator[dict]:
+    """Ego4D narrations, a stream of each video and annotator.    all_narrations_redacted.json, <uid>.mp4
+
+    val: the videos in any *_val.json of a benchmark; not in train: those in any *_test*.json
+    Times are on the 0.5 s grid, where the later of two replaces the earlier; ten minutes at most.
+    """
+    def listed(lists: str) -> set[str]:
+        texts = (file.read_text() for file in folder.glob(lists))
+        return {uid for text in texts for uid in re.findall(r'"video_uid"\s*:\s*"([^"]+)"', text)}
+
+    val, test = listed("*_val.json"), listed("*_test*.json")
+    for uid, video in read_json(folder / "all_narrations_redacted.json")["videos"].items():
+        if split != ("val" if uid in val else "test" if uid in test else "train"):
+            continue
+        passes: dict[str, dict[float, str]] = {}  # annotator -> time -> text
+        for narration in sorted(video["narrations"], key=lambda narration: narration["time"]):
+            text = sentence(re.sub(r"#(C|O|unsure)\b", "", narration["text"], flags=re.IGNORECASE))
+            at = grid(narration["time"], 2) / 2
+            if len(text.split()) >= 2 and at <= 600:
+                passes.setdefault(narration["_annotation_uid"], {})[at] = text
+        for said in passes.values():
+            turns = [{"time": 0, "role": "user", "content": NARRATE}]
+            for at, text in said.items():
+                if text != turns[-1]["content"]:
+                    turns.append({"time": at, "role": "assistant", "content": text})
+            yield {"video": f"{uid}.mp4", "end": turns[-1]["time"], "conversation": turns}
+
+
+def lta(folder: Path, split: str) -> Iterator[dict]:
+    """Ego4D long-term anticipation: 8 actions seen, the next 20 listed.    fho_lta_*.json, <video_uid>.mp4
+
+    A taxonomy word is what stands before its "_(", unless two would be the same; verbs are one word.
+    """
+    def plain(words: list[str]) -> list[str]:
+        short = [word.split("_(")[0] for word in words]
+        return [s if short.count(s) == 1 else word for s, word in zip(short, words, strict=True)]
+
+    taxonomy = read_json(folder / "fho_lta_taxonomy.json")
+    verbs, nouns = ([word.replace("_", joint) for word in plain(taxonomy[kind])]
+                    for kind, joint in (("verbs", "-"), ("nouns", " ")))
+    clips: dict[str, list[dict]] = {}
+    for action in read_json(folder / f"fho_lta_{split}.json")["clips"]:
+        clips.setdefault(action["clip_uid"], []).append(action)
+    for actions in clips.values():
+        actions.sort(key=lambda action: action["action_idx"])
+        names = [sentence(f"{verbs[a['verb_label']]} {nouns[a['noun_label']]}") for a in actions]
+        for i in range(len(actions) - 27):
+            began = actions[i]["clip_parent_start_sec"]
+            start, end = actions[i]["action_clip_start_sec"], actions[i + 7]["action_clip_end_sec"]
+            yield span(actions[i]["video_uid"], began + start, began + end,
+                       "Eight actions are seen. List the 20 that follow, each as a verb and a noun.",
+                       numbered(names[i + 8 : i + 28]))
+
+
+def coin(folder: Path, split: str, task: str) -> Iterator[dict]:
+    """COIN: name the step or the task, the next step, or up to five of them.    COIN.json, <id>.mp4"""
+    question = {"step": "What is being done?", "next": "What is the next step?", "task": "What is the task?",
+                "procedure": "What are the next steps, five at most?",
+                "goal": "The task is: {} What are the next steps, five at most?"}[task]
+    for name, video in read_json(folder / "COIN.json")["database"].items():
+        if (video["subset"] == "training") != (split == "train"):
+            continue
+        goal = sentence(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", video["class"]))
+        steps = [(*step["segment"], sentence(step["label"])) for step in video["annotation"]]
+        if task == "task":
+            yield span(name, video["start"], video["end"], question, goal)
+        for i, (start, end, label) in enumerate(steps if task != "task" else []):
+            after = [label for _, _, label in steps[i + 1 : i + 6]]
+            if task == "step" or after:
+                answer = {"step": label, "next": after[0] if after else ""}.get(task) or numbered(after)
+                yield span(name, start, end, question.format(goal), answer)
+
+
+def keystep(folder: Path, split: str) -> Iterator[dict]:
+    """Ego-Exo4D fine-grained keysteps: name that of each segment.    keystep_*.json, <take_name>.mp4
+
+    The papers do not say how they ask. Assumed: a segment is a clip, its step_name the answer. A take has one
+    video a camera; link or copy the one to watch to <take_name>.mp4.
+    """
+    for take in read_json(folder / f"keystep_{split}.json")["annotations"].values():
+        for segment in take["segments"]:
+            yield span(take["take_name"], segment["start_time"], segment["end_time"],
+                       "Which step is this?", sentence(segment["step_name"]))
+
+
+def llava(folder: Path, split: str) -> Iterator[dict]:
+    """Image instructions of LLaVA: questions after the image.    train.json and val.json, or any *.json
+
+    Without val.json, of all entries every twentieth is val. Entries without an image are left out.
+    """
+    whole = not (folder / "val.json").exists()
+    files = sorted(folder.glob("*.json")) if whole else [folder / f"{split}.json"]
+    entries = (entry for file in files for entry in read_json(file) if "image" in entry)
+    for number, entry in enumerate(entries):
+        if not whole or (number % 20 == 0) == (split == "val"):
+            turns = [{"role": {"human": "user", "gpt": "assistant"}[turn["from"]],
+                      "content": turn["value"].replace("<image>", "").strip()}
+                     for turn in entry["conversations"]]
+            yield {"video": entry["image"], "end": 0, "conversation": turns}
+
+
+READERS = {"ego4d": (ego4d, ()), "lta": (lta, ("forecast",)), "keystep": (keystep, ("top1",)),
+           "llava": (llava, ("relaxed",)),  # task -> reader, what eval scores beside the exact answers
+           **{f"coin-{task}": (partial(coin, task=task), ("top1",))
+              for task in ("step", "next", "task", "procedure", "goal")}}
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -442,7 +740,7 @@ def picture(frames: list[np.ndarray], kept: list[dict[int, Tensor]]) -> bytes:
 
 
 Source = World | Folder
-TASKS = {"narration": World, "vqa": VQA}
+TASKS: dict[str, type[World]] = {"narration": World, "vqa": VQA, "forecast": Forecast, "summary": Summary}
 
 
 def check_fps(fps: float) -> None:
@@ -451,11 +749,15 @@ def check_fps(fps: float) -> None:
 
 
 def open_source(task: str, data: str, fps: float, partial: bool, size: int) -> Source:
-    """Where streams come from: the embedded world of a task, or a folder of clips if one is named."""
+    """Where streams come from: the embedded world of a task, or a folder of clips, read as the task says."""
     check_fps(fps)
-    if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task}")
-    return Folder(Path(data), size, fps, partial) if data else TASKS[task](size)
+    if task not in (known := [*TASKS, *READERS]):
+        raise ValueError(f"task must be one of {', '.join(known)}, got {task}")
+    if data:
+        return Folder(Path(data), size, fps, partial, task)
+    if task in READERS:
+        raise ValueError(f"data must name a folder of the benchmark for the task {task}, got none")
+    return TASKS[task](size)
 
 
 def newest_run() -> Path:

@@ -10,8 +10,9 @@
 import contextlib
 import json
 import math
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -217,14 +218,14 @@ class Watcher:
         if frames is None:
             frames = torch.zeros(len(rows), 0, 3, c.image_size, c.image_size, dtype=torch.uint8)
         out = self.model(tokens.to(self.device), frames.to(self.device), groups, self.seed, self.cache)
-        if frames.shape[1]:
+        if frames.shape[1] == 1:
             vision = (tokens == data.VISION).to(self.device)
             self.kept = {layer: keep[vision].view(len(rows), -1).cpu() for layer, keep in out.keep.items()}
         last = (lengths - 1).clamp(min=0).to(self.device)
         return self.model.logits(out.hidden[torch.arange(len(rows), device=self.device), last]).float()
 
     def watch(self, frames: Tensor, asked: list[list[Turn]] | None = None) -> list[Turn | None]:
-        """frames: (B, 3, S, S) uint8, the next of each stream;  asked: turns of frame 0, that come before it
+        """frames: (B, 1, ...), the next of each stream;  asked: turns of frame 0, that come before it
         -> what is said of it, as a turn of frame 0, None: silence
         """
         asked = asked or [[]] * self.streams
@@ -232,21 +233,29 @@ class Watcher:
         if any(row[0] for row in text) and self.cache.starts is not None:  # there a chunk begins with a frame
             self.feed(text)
             asked = [[]] * self.streams
-        logits = self.feed([self.layout(turns, 1) for turns in asked], frames[:, None])
+        logits = self.feed([self.layout(turns, 1) for turns in asked], frames)
         spoke = speaks(logits, self.threshold, self.tokenizer.silent).tolist()
         return [turn if s else None for turn, s in zip(self.reply(spoke), spoke, strict=True)]
 
-    def reply(self, speaking: list[bool], logits: Tensor | None = None) -> list[Turn]:
-        """Let these streams speak of a frame; or answer a prompt, from the logits (B, vocabulary) after it"""
+    def reply(self, speaking: list[bool], logits: Tensor | None = None,
+              drawn: Tensor | None = None) -> list[Turn]:
+        """Let these streams speak of a frame; or answer a prompt, from the logits (B, vocabulary) after it
+
+        drawn: (B,) bool on the host, streams whose tokens are drawn, not the most likely
+        """
         said, t = [[] for _ in speaking], self.tokenizer
         barred = [t.pad, t.user, t.assistant, t.frame, t.silent]  # a reply is only text, then `<end>`
         token = [t.assistant for _ in speaking]
-        group = -1 if logits is None or "assistant" in self.masked else 0
+        group, generator = -1 if logits is None or "assistant" in self.masked else 0, torch.Generator()
         while any(speaking):
             if logits is not None:
                 logits[:, barred] = -math.inf
-                token = [best if len(ids) < self.limit else t.end
-                         for best, ids in zip(logits.argmax(-1).tolist(), said, strict=True)]
+                best = logits.argmax(-1).cpu()
+                if drawn is not None:
+                    draw = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0]
+                    best = torch.where(drawn, draw, best)
+                token = [choice if len(ids) < self.limit else t.end
+                         for choice, ids in zip(best.tolist(), said, strict=True)]
                 for b, ids in enumerate(said):
                     ids.extend([token[b]] if speaking[b] and token[b] != t.end else [])
             rows = [[[i], [group]] if now else [[], []] for i, now in zip(token, speaking, strict=True)]
@@ -254,13 +263,13 @@ class Watcher:
             speaking = [now and i != t.end for i, now in zip(token, speaking, strict=True)]
         return [Turn(0, "assistant", t.decode(ids), tuple(ids)) for ids in said]
 
-    def ask(self, samples: list[Sample]) -> list[str]:
-        """What it answers to the question in which each sample ends; all before it is one prompt."""
+    def ask(self, samples: list[Sample], drawn: Tensor | None = None) -> list[str]:
+        """What it answers where each sample ends; all before the answer is one prompt. drawn: as in reply"""
         prompts = [[*s.turns[:-1], s.turns[-1]._replace(text="")] for s in samples]
         rows = [[part[:-1] for part in self.layout(turns, len(s.frames))]  # without the `<end>` of the answer
                 for turns, s in zip(prompts, samples, strict=True)]
-        frames = torch.from_numpy(np.stack([s.frames for s in samples])).permute(0, 1, 4, 2, 3)
-        return [turn.text for turn in self.reply([True] * len(samples), self.feed(rows, frames))]
+        logits = self.feed(rows, data.stack([s.frames for s in samples]))
+        return [turn.text for turn in self.reply([True] * len(samples), logits, drawn)]
 
     def computed(self) -> Tensor:
         """(B, L) int64, the tokens of each stream that each layer computed so far"""
@@ -278,8 +287,8 @@ def free_run(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample], thresh
         for f in range(max(len(s.frames) for s in chunk)):
             asked = [[t._replace(frame=0) for t in s.turns if t.role != "assistant" and t.frame == f]
                      for s in chunk]
-            frames = np.stack([s.frames[min(f, len(s.frames) - 1)] for s in chunk])  # ended ones stand still
-            for b, turn in enumerate(watcher.watch(torch.from_numpy(frames).permute(0, 3, 1, 2), asked)):
+            frames = data.stack([s.frames[[min(f, len(s.frames) - 1)]] for s in chunk])  # ended: stands still
+            for b, turn in enumerate(watcher.watch(frames, asked)):
                 if turn and f < len(chunk[b].frames):
                     said[at + b].append(turn._replace(frame=f))
     return said
@@ -290,7 +299,7 @@ def narrate(watcher: Watcher, frames: Iterator[np.ndarray], fps: float, query: s
     shown, every, count, began = [], 1, 0, time.perf_counter()
     for count, frame in enumerate(frames, 1):
         asked = [[Turn(0, "user", query)]] if count == 1 else None
-        said = watcher.watch(torch.from_numpy(frame.copy()).permute(2, 0, 1)[None], asked)[0]
+        said = watcher.watch(data.stack([frame[None]]), asked)[0]
         if said:
             print(printable(f"{(count - 1) / fps:7.1f} s  {said.text}"), flush=True)
         if (count - 1) % every == 0:
@@ -304,33 +313,114 @@ def narrate(watcher: Watcher, frames: Iterator[np.ndarray], fps: float, query: s
           f"routing drawn in {drawing}")
 
 
-# --- gamma-MoD: questions, and the rank of attention maps ---------------------------------------------------
+# --- questions and their answers ----------------------------------------------------------------------------
 
 
-def evaluate_answers(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample],
+def edit_distance(a: Sequence, b: Sequence) -> int:
+    """How many items must be put in, left out or replaced to make one sequence the other (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        corner, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
+    return row[-1]
+
+
+def nearest(text: str, known: Collection[str]) -> str:
+    """Of equally near ones the first in the alphabet."""
+    return text if text in known else min(sorted(known), key=lambda other: edit_distance(text, other))
+
+
+def lines(answer: str) -> list[str]:
+    """The lines of an answer in lower case, without their numbers and full stops"""
+    return [re.sub(r"^\d+\.", "", line.strip()).strip().lower().removesuffix(".")
+            for line in answer.split("\n")]
+
+
+def top1(said: list[list[str]], true: list[str], known: list[str]) -> dict[str, float]:
+    """COIN and keysteps: share of lines that are right as they are, or as the nearest line of any answer
+
+    said: candidates for each answer, of which the first counts;  known: all answers of the split
+    As coded in VideoLLM-online, the mean is over all lines of all answers, and missing ones are not counted.
+    """
+    categories = {line for answer in known for line in lines(answer)}
+    pairs = [pair for mine, answer in zip(said, true, strict=True)
+             for pair in zip(lines(mine[0]), lines(answer), strict=False)]
+    return {"top1_exact": fmean(mine == line for mine, line in pairs),
+            "top1_nearest": fmean(nearest(mine, categories) == line for mine, line in pairs)}
+
+
+def forecast(said: list[list[str]], true: list[str], known: list[str]) -> dict[str, float]:
+    """ED@Z: edit distance to the Z true actions, over Z, least of the candidates; of verb, noun and both
+
+    The first word of a line is its verb. A word counts as the nearest one that any answer of the split has;
+    an answer of fewer lines than Z goes on with its last, and one of more is cut.
+    """
+    def actions(answer: str) -> list[list[str]]:
+        return [[verb, noun] for verb, _, noun in (line.partition(" ") for line in lines(answer))]
+
+    every = [action for answer in known for action in actions(answer)]
+    verbs, nouns = ({action[part] for action in every} for part in (0, 1))
+    distances = []
+    for candidates, truth in ((mine, actions(answer)) for mine, answer in zip(said, true, strict=True)):
+        tried = []
+        for answer in candidates:
+            mine = [[nearest(verb, verbs), nearest(noun, nouns)] for verb, noun in actions(answer)]
+            mine = (mine + mine[-1:] * len(truth))[: len(truth)]
+            parts = [[[a[0] for a in both], [a[1] for a in both], both] for both in (mine, truth)]
+            tried.append([edit_distance(*pair) / len(truth) for pair in zip(*parts, strict=True)])
+        distances.append([min(column) for column in zip(*tried, strict=True)])
+    means = map(fmean, zip(*distances, strict=True))
+    return dict(zip(("ed_verb", "ed_noun", "ed_action"), means, strict=True))
+
+
+def relaxed(said: list[list[str]], true: list[str], known: list[str]) -> dict[str, float]:
+    """Image questions: share of answers that are the same in either case, or a number within 5 %"""
+    def same(mine: str, truth: str) -> bool:
+        mine, truth = (text.strip().lower().rstrip(".%") for text in (mine, truth))
+        with contextlib.suppress(ValueError):
+            return mine == truth or abs(float(mine) - float(truth)) <= 0.05 * abs(float(truth))
+        return False
+
+    return {"relaxed": fmean(same(mine[0], answer) for mine, answer in zip(said, true, strict=True))}
+
+
+SCORES = {"top1": top1, "forecast": forecast, "relaxed": relaxed}
+
+
+def evaluate_answers(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample], source: data.Source,
                      batch: int = 32) -> tuple[dict, list[str]]:
     """Ask each sample its last question -> {"free_running": {...}, ...}, and what was answered
 
-    accuracy: share of answers word for word right;  skipped: of all tokens, answers too, in the routed layers
+    accuracy: share of answers word for word right; beside it what the source scores. Forecasts have five
+    candidates, one greedy and four drawn.  skipped: of all tokens, answers too, in the routed layers
     flops_of_dense: of what the rule computes, with the encoder, over every token in every layer
     """
-    said, c, began = [], model.config, time.perf_counter()
+    said, c, n, began = [], model.config, 5 if "forecast" in source.scores else 1, time.perf_counter()
     passed, macs, routed = torch.zeros(2), torch.zeros(2), torch.tensor(c.keep) < 1  # pairs: computed, given
     for at in range(0, len(samples), batch):
-        watcher = Watcher(model, tokenizer, torch.tensor([s.seed for s in samples[at : at + batch]]))
-        said += watcher.ask(samples[at : at + batch])
-        for tokens, seen in zip(watcher.computed().cpu(), watcher.cache.seen.cpu(), strict=True):
-            seen = seen.expand_as(tokens)  # (L,)
-            passed += torch.stack([tokens[routed].sum(), seen[routed].sum()])
-            macs += torch.tensor([sum(flops(c, n.tolist(), 1, 1).values()) for n in (tokens, seen)])
-    took, kinds = time.perf_counter() - began, {}
-    for mine, s in zip(said, samples, strict=True):
+        asked = [s for s in samples[at : at + batch] for _ in range(n)]
+        watcher = Watcher(model, tokenizer, torch.tensor([s.seed for s in asked]))
+        said += watcher.ask(asked, torch.arange(len(asked)) % n > 0 if n > 1 else None)
+        for s, tokens, seen in zip(asked, watcher.computed().cpu(), watcher.cache.seen.cpu(), strict=True):
+            given = seen.expand_as(tokens)  # (L,)
+            passed += torch.stack([tokens[routed].sum(), given[routed].sum()])
+            macs += torch.tensor([sum(flops(c, row.tolist(), len(s.frames), 1).values())
+                                  for row in (tokens, given)])
+    took, kinds, true = time.perf_counter() - began, {}, [s.turns[-1].text for s in samples]
+    for mine, s in zip(said[::n], samples, strict=True):
         kinds.setdefault(s.turns[-2].text.split(" the ")[0], []).append(mine == s.turns[-1].text)
     free = {"accuracy": fmean(ok for right in kinds.values() for ok in right),
             "skipped": float((passed[1] - passed[0]) / passed[1].clamp(min=1)),
             "flops_of_dense": float(macs[0] / macs[1]), "seconds_per_answer": took / len(samples)}
-    return {"questions": len(samples), "free_running": free,
-            "accuracy_of": {kind: fmean(right) for kind, right in kinds.items()}}, said
+    for name in source.scores:
+        candidates = [said[i : i + n] for i in range(0, len(said), n)]
+        free |= SCORES[name](candidates, true, source.answers())
+    few = {kind: fmean(right) for kind, right in kinds.items() if len(kinds) < 10}
+    return {"questions": len(samples), "free_running": free, "accuracy_of": few}, said[::n]
+
+
+# --- gamma-MoD: the rank of attention maps ------------------------------------------------------------------
 
 
 def ranks_of(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample]) -> Tensor:
@@ -356,8 +446,9 @@ def print_ranks(model: VideoLM, tokenizer: Tokenizer, source: data.Source, sampl
 # --- pictures and tables ------------------------------------------------------------------------------------
 
 
-def draw_routing(model: VideoLM, tokenizer: Tokenizer, sample: Sample, path: Path) -> None:
-    """The routing of one stream, heard with its true replies."""
+def draw_routing(model: VideoLM, tokenizer: Tokenizer, sample: Sample, pixels: np.ndarray,
+                 path: Path) -> None:
+    """The routing of one stream, heard with its true replies. pixels: (F, S, S, 3) uint8"""
     c, device = model.config, model.lm_head.weight.device
     b = data.collate([sample], c.tokens_per_frame, tokenizer, MASKED[c.masked])
     with torch.no_grad():
@@ -365,8 +456,8 @@ def draw_routing(model: VideoLM, tokenizer: Tokenizer, sample: Sample, path: Pat
         out = model(b.tokens.to(device), b.frames.to(device), groups, b.seed.to(device))
     vision = b.tokens == data.VISION  # (1, T)
     keep = {layer: k.cpu()[vision].view(-1, c.tokens_per_frame) for layer, k in out.keep.items()}  # (F, P)
-    kept = [{layer: k[f] for layer, k in keep.items()} for f in range(len(sample.frames))]
-    write(path, lambda unfinished: unfinished.write_bytes(data.picture(list(sample.frames), kept)))
+    kept = [{layer: k[f] for layer, k in keep.items()} for f in range(len(pixels))]
+    write(path, lambda unfinished: unfinished.write_bytes(data.picture(list(pixels), kept)))
 
 
 METRICS = (  # title, key, form; those indented correct a quirk of the one above
@@ -376,6 +467,9 @@ METRICS = (  # title, key, form; those indented correct a quirk of the one above
     ("LM-Correctness", "lm_correctness", "{:.1%}"), ("reply tokens right", "reply_accuracy", "{:.1%}"),
     ("decisions right", "decision_accuracy", "{:.1%}"), ("replies said right", "said_right", "{:.1%}"),
     ("  said wrong", "said_wrong", "{:.1%}"), ("answers right", "accuracy", "{:.1%}"),
+    ("top-1", "top1_exact", "{:.1%}"), ("top-1, nearest", "top1_nearest", "{:.1%}"),
+    ("ED of verbs", "ed_verb", "{:.3f}"), ("ED of nouns", "ed_noun", "{:.3f}"),
+    ("ED of actions", "ed_action", "{:.3f}"), ("relaxed accuracy", "relaxed", "{:.1%}"),
     ("tokens skipped", "skipped", "{:.1%}"), ("FLOPs of dense", "flops_of_dense", "{:.1%}"),
     ("time per answer", "seconds_per_answer", "{:.4f} s"), ("training step", "seconds_per_step", "{:.3f} s"))
 
@@ -385,7 +479,7 @@ def report(folder: Path, model: VideoLM, tokenizer: Tokenizer, source: data.Sour
     """Evaluate a run, print it with examples; eval.json and routing.png go into its folder."""
     samples = source.held_out(streams)
     if source.asks:
-        result, said = evaluate_answers(model, tokenizer, samples)
+        result, said = evaluate_answers(model, tokenizer, samples, source)
         examples = [(s.turns[-2].text, a, s.turns[-1].text) for s, a in zip(samples, said, strict=True)][:8]
     else:
         result, own = evaluate(model, tokenizer, samples, source.fps, threshold)
@@ -404,7 +498,7 @@ def report(folder: Path, model: VideoLM, tokenizer: Tokenizer, source: data.Sour
     for about, mine, true in examples:
         print(printable(f"  {about}{mine}" + f"   <- {true}" * (mine != true)))
     write_json(folder / "eval.json", result)
-    draw_routing(model, tokenizer, samples[0], folder / "routing.png")
+    draw_routing(model, tokenizer, samples[0], source.pixels(samples[0]), folder / "routing.png")
     print(f"the routing of the first is drawn in {folder / 'routing.png'}")
 
 

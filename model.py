@@ -77,31 +77,29 @@ class Config:
 
     def __post_init__(self):
         check_fields(self, ("new_tokens", "sliding_window", "lora_rank", "lora_dropout"))
-        for name, part in (("vision_hidden_size", "vision_heads"),
-                           ("num_attention_heads", "num_key_value_heads")):
-            if getattr(self, name) % getattr(self, part):
-                raise ValueError(f"{name} must be a multiple of {part}, got {getattr(self, name)}")
-        for name in ("num_hidden_layers", "vision_layers"):
-            if getattr(self, name) > 1000:  # of a file by whomever: it must not take forever to be refused
-                raise ValueError(f"{name} must be at most 1000, got {getattr(self, name)}")
-        for name, lengths in (("image_mean", [3]), ("image_std", [3]), ("rope_scaling", [0, 4, 1])):
-            value, least = getattr(self, name), -math.inf if name == "image_mean" else 0
-            if len(value) not in lengths or min(value, default=1) <= least:
-                raise ValueError(f"{name} must be {lengths[-1]} numbers above 0, got {value}")
-        if len(self.rope_scaling) == 4 and not self.rope_scaling[1] < self.rope_scaling[2]:
-            raise ValueError(f"rope_scaling must have low below high, got {self.rope_scaling}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even, got {self.head_dim}")
-        if self.pool > self.image_size // self.patch_size:
-            raise ValueError(f"pool must be at most the patches of a side, got {self.pool}")
-        if len(self.keep) != self.num_hidden_layers:
-            raise ValueError(f"keep must have one ratio a layer, got {self.keep}")
+        known = {"router": ROUTERS, "gate": GATES, "masked": MASKED, "vision_type": VISION_TYPES,
+                 "vision_act": ACTIVATIONS}
+        scaling, std, side = self.rope_scaling, self.image_std, self.image_size // self.patch_size
+        for name, holds, must in (
+                ("num_hidden_layers", self.num_hidden_layers <= 1000, "be at most 1000"),  # whoever wrote the
+                ("vision_layers", self.vision_layers <= 1000, "be at most 1000"),  # file, it is soon refused
+                ("vision_hidden_size", self.vision_hidden_size % self.vision_heads == 0,
+                 "be a multiple of vision_heads"),
+                ("num_attention_heads", self.num_attention_heads % self.num_key_value_heads == 0,
+                 "be a multiple of num_key_value_heads"),
+                ("head_dim", self.head_dim % 2 == 0, "be even"),
+                ("rope_scaling", len(scaling) in (0, 1, 4) and min(scaling, default=1) > 0
+                 and scaling[1:2] <= scaling[2:3], "be a factor, or factor, low, high, length, above 0"),
+                ("image_mean", len(self.image_mean) == 3, "be three numbers"),
+                ("image_std", len(std) == 3 and min(std) > 0, "be three numbers above 0"),
+                ("pool", self.pool <= side, f"be at most {side}, the patches of a side"),
+                ("keep", len(self.keep) == self.num_hidden_layers, "have one ratio a layer"),
+                *((name, getattr(self, name) in names, f"be one of {', '.join(names)}")
+                  for name, names in known.items())):
+            if not holds:
+                raise ValueError(f"{name} must {must}, got {getattr(self, name)}")
         for ratio in self.keep:
             mod.check_keep_ratio(ratio)
-        for name, known in (("router", ROUTERS), ("gate", GATES), ("masked", MASKED),
-                            ("vision_type", VISION_TYPES), ("vision_act", ACTIVATIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)}")
 
     @property
     def tokens_per_frame(self) -> int:
@@ -413,7 +411,7 @@ class VideoLM(nn.Module):
                 cache: "Cache | None" = None) -> Output:
         """One pass over whole sequences, or over the next chunk of streams whose past is in `cache`.
 
-        tokens: (B, T) int64, -1 at vision tokens;  frames: (B, F, 3, S, S) uint8, those of the chunk in order
+        tokens: (B, T) int64, -1 at vision tokens;  frames: as in data.Batch, those of the chunk in order
         groups: of these tokens;  seed: (B,) int64, names the streams (only the random router asks)
         Raises ValueError if the chunk splits a group.
         """

@@ -26,7 +26,7 @@ SMALL = ["--steps", "1", "--batch", "1", "--streams", "1", "--device", "cpu"]
     (train.main, ["--preset", "huge"], "preset must be one of tiny, .*, got huge"),
     (train.main, ["--router", "magic"], "router must be one of learned, .*, got magic"),
     (train.main, ["--gate", "tanh"], "gate must be one of sigmoid, .*, got tanh"),
-    (train.main, ["--task", "chess"], "task must be one of narration, vqa, got chess"),
+    (train.main, ["--task", "chess"], "task must be one of narration, vqa, .*, got chess"),
     (train.main, ["--steps", "0"], "steps must be above 0 and below .*, got 0"),
     (train.main, ["--seed", "-1"], "seed must be at least 0 and below .*, got -1"),
     (train.main, ["--steps", "many"], "invalid int value: 'many'"),

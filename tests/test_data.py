@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
-from data import VQA, Folder, Tokenizer, Turn, World, collate, layout, read_conversations, read_video
+from data import VQA, Folder, Tokenizer, Turn, World, collate, layout, read_video
 from mod import MASKED
 
 VIDEOS = Path(__file__).parents[1].parent / "shared" / "videos"
@@ -213,7 +213,7 @@ def test_a_broken_annotation_is_named_by_file_line_and_value(tmp_path, line, com
     good = json.dumps({"video": "v.mp4", "conversation": [TURN]})
     path.write_text(good + "\n" + (line if isinstance(line, str) else json.dumps(line)) + "\n")
     with pytest.raises(ValueError, match=f"a.jsonl, line 2: {complaint}"):
-        list(read_conversations(path))
+        Folder(tmp_path, size=16)
 
 
 @needs_ffmpeg
@@ -222,13 +222,13 @@ def test_times_are_rounded_up_to_the_frame_grid_and_may_not_lie_past_the_end(tmp
     turns = [TURN | {"time": t} for t in (0, 0.1, 0.5, 1.5)]  # two fall on one frame, and are said together
     (tmp_path / "a.jsonl").write_text(json.dumps({"video": "v.mp4", "conversation": turns}))
     folder = Folder(tmp_path, size=16)
-    said = {turn.frame: turn.text for turn in folder.samples[0].turns}
+    said = {turn.frame: turn.text for turn in folder.held_out(1)[0].turns}
     assert said == {0: "Hello.", 1: "Hello. Hello.", 3: "Hello."}
-    assert len(folder.batch(0, 0, 5)) == 1 and folder.held_out(9) == folder.samples
+    assert len(folder.batch(0, 0, 5)) == len(folder.held_out(9)) == 1
     (tmp_path / "a.jsonl").write_text(json.dumps({"video": "v.mp4", "conversation": [TURN | {"time": 2.6}]}))
     complaint = r"a\.jsonl, line 1: time must be at most 1\.5 s, .* v\.mp4, got 2\.6"
     with pytest.raises(ValueError, match=complaint):
-        Folder(tmp_path, size=16)
+        Folder(tmp_path, size=16).batch(0, 0, 1)
 
 
 def test_a_clip_that_cannot_be_read_is_named_with_its_line(tmp_path):

@@ -1,7 +1,6 @@
 """Adapters learn, nothing else of the decoder does, and merging them changes nothing but rounding."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
