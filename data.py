@@ -235,8 +235,9 @@ class World:
     def __init__(self, size: int, frames: int = 8) -> None:
         self.size, self.frames = size, frames
 
-    def batch(self, seed: int, step: int, count: int, rank: int = 0) -> list[Sample]:
-        return [self.sample(seed, "train", (step * 4096 + rank) * 4096 + i) for i in range(count)]
+    def batch(self, seed: int, step: int, count: int, rank: int = 0, ranks: int = 1) -> list[Sample]:
+        """Of `count` streams every ranks-th, so that several processes have together what one has alone."""
+        return [self.sample(seed, "train", step * 4096**2 + i) for i in range(rank, count, ranks)]
 
     def held_out(self, count: int) -> list[Sample]:
         return [self.sample(0, "test", i) for i in range(count)]
@@ -550,10 +551,12 @@ class Folder:
         turns = [Turn(at, role, " ".join(texts)) for (at, role, _), texts in said.items()]
         return Sample(frames, turns, number)
 
-    def batch(self, seed: int, step: int, count: int, rank: int = 0) -> list[Sample]:
-        """At most `count` clips, none of them twice."""
-        order = np.random.default_rng([seed, step, rank]).permutation(len(self.clips))
-        return [self.sample(self.clips[i], i) for i in order[:count]]
+    def batch(self, seed: int, step: int, count: int, rank: int = 0, ranks: int = 1) -> list[Sample]:
+        """At most `count` clips, none of them twice; of these every ranks-th."""
+        order = np.random.default_rng([seed, step]).permutation(len(self.clips))[:count][rank::ranks]
+        if not len(order):
+            raise ValueError(f"{self.folder} must hold a clip for each of {ranks} processes, got too few")
+        return [self.sample(self.clips[i], i) for i in order]
 
     def held_out(self, count: int) -> list[Sample]:
         """At most `count` clips from all over the validation split; a folder of .jsonl files has only one."""

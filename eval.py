@@ -577,6 +577,15 @@ def print_cost() -> None:
         print(f"{skipped:7.1%}{paper:8.1f}{gamma_cost(skipped):8.2f}")
 
 
+def encode_once(source: data.Source, model: VideoLM, cache: Path) -> None:
+    """Have a folder's clips go through a frozen encoder once; their features are kept in this directory."""
+    c, device = model.config, model.lm_head.weight.device
+    if c.frozen("vision_model.") and isinstance(source, data.Folder):
+        written = [file.stat().st_mtime_ns for file in sorted(Path(c.vision).glob("*.safetensors"))]
+        key = f"{c.vision} {c.pool} {written}"
+        source.encode(lambda pixels: model.vision_model(pixels.to(device)), cache, key)
+
+
 # --- command line -------------------------------------------------------------------------------------------
 
 
@@ -608,7 +617,7 @@ def main(argv: list[str] | None = None) -> None:
         return print_tables(cfg.run)
     folder = Path(cfg.run) if cfg.run else data.newest_run()
     model = load(folder, models.pick_device(cfg.device)).eval()
-    tokenizer = data.tokenizer_for(model.config.vocab_size)
+    tokenizer = data.tokenizer_for(model.config.vocab_size, model.config.llm)
     trained = data.read_settings(folder / "train.json")
     if cfg.watch:
         watcher = Watcher(model, tokenizer, torch.zeros(1).long(), cfg.threshold, cfg.window or None)
@@ -616,6 +625,7 @@ def main(argv: list[str] | None = None) -> None:
         with contextlib.closing(video) as frames:  # also where the watching is broken off
             return narrate(watcher, frames, trained["fps"], cfg.query, folder / "watch.png")
     source = data.open_source(**trained, size=model.config.image_size)
+    encode_once(source, model, folder.parent / "features")
     if cfg.arank:
         return print_ranks(model, tokenizer, source)
     report(folder, model, tokenizer, source, cfg.streams, cfg.threshold)

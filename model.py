@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -128,7 +129,7 @@ def check_fields(config: object, may_be_zero: tuple[str, ...] = ()) -> None:
             raise ValueError(f"{f.name} must be numbers, got {value!r}")
         if kind in (int, float) and not (0 < value < 2**31 or (value == 0 and f.name in may_be_zero)):
             least = "at least" if f.name in may_be_zero else "above"
-            raise ValueError(f"{f.name} must be {least} 0 and below 2**31, got {value}")
+            raise ValueError(f"{f.name} must be {least} 0 and below 2**31, got {str(value)[:60]}")
 
 
 LARGE = Config(  # what the 7B models share: 32 layers of width 4096 and a ViT-L
@@ -720,7 +721,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
         listed = read_json(index).get("weight_map")
         shards = set(map(str, listed.values())) if isinstance(listed, dict) else set()
         for shard in shards or {""}:
-            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", shard):
                 raise ValueError(f"{index} must map weights to safetensors files beside it, "
                                  f"got {shard!r:.99}")
     weights = {name: t for shard in sorted(shards) for name, t in read_weights(folder / shard)[0].items()}

@@ -35,7 +35,7 @@ import data
 import mod
 import model as models
 from data import Tokenizer
-from eval import ranks_of, report
+from eval import encode_once, ranks_of, report
 from mod import GATES, MASKED, PLACEMENTS, Groups, check_keep_ratio, flops, placement
 from model import Config, VideoLM, check_fields, opt, streaming_loss, write, write_json
 
@@ -89,6 +89,10 @@ class TrainConfig:
 
     def __post_init__(self):
         check_keep_ratio(self.keep)
+        if self.init and (self.llm or self.vision):
+            raise ValueError("init must not be given with llm or vision, which the run names, got both")
+        if self.batch % RANKS:
+            raise ValueError(f"batch must be a multiple of the {RANKS} processes, got {self.batch}")
         check_fields(self, ("seed", "keep", "warmup", "sigma", "dense_layers", "routing_loss", "pool",
                             "lora_rank", "lora_dropout"))
         data.check_fps(self.fps)
@@ -158,13 +162,13 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     return min(1.0, (step + 1) / max(1, cfg.warmup)) * (0.5 + 0.5 * math.cos(math.pi * step / cfg.steps))
 
 
-def distribute(model: VideoLM, cfg: TrainConfig) -> VideoLM:
+def distribute(model: VideoLM, cfg: TrainConfig) -> None:
     """Share the weights of a model out among the processes, or leave each its own, the same in all."""
     if cfg.shard and dist.is_initialized():
         mesh = init_device_mesh(model.lm_head.weight.device.type, (dist.get_world_size(),))
+        still = {p for p in model.vision_model.parameters() if not p.requires_grad}  # encodes clips by itself
         for block in [*model.layers, model]:
-            fully_shard(block, mesh=mesh, reshard_after_forward=block is not model)
-    return model
+            fully_shard(block, mesh=mesh, reshard_after_forward=block is not model, ignored_params=still)
 
 
 def whole(t: Tensor) -> Tensor:
@@ -307,12 +311,13 @@ def main(argv: list[str] | None = None) -> None:
     model = models.load(folder, device) if cfg.resume else build(cfg).to(device)
     tokenizer = data.tokenizer_for(model.config.vocab_size, model.config.llm)
     source = data.open_source(cfg.task, cfg.data, cfg.fps, cfg.partial, model.config.image_size)
-    model = distribute(model, cfg)
+    encode_once(source, model, folder.parent / "features")
+    distribute(model, cfg)
     optimizers = make_optimizers(model, cfg)
     start = resume(folder, optimizers) if cfg.resume else 0
 
     def batch(step: int) -> data.Batch:
-        samples = source.batch(cfg.seed, step, cfg.batch)[RANK::RANKS]
+        samples = source.batch(cfg.seed, step, cfg.batch, RANK, RANKS)
         return data.collate(samples, model.config.tokens_per_frame, tokenizer, MASKED[model.config.masked])
 
     first = first_line(cfg, model, batch(0))

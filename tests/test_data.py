@@ -72,10 +72,11 @@ def test_unequal_streams_are_padded_to_the_right_without_labels():
 @given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 3))
 def test_a_batch_is_a_pure_function_of_seed_step_and_rank(seed, step, rank):
     world = World(size=16)
-    once, anew = world.batch(seed, step, 2, rank), world.batch(seed, step, 2, rank)
+    once, anew = (world.batch(seed, step, 8, rank, 4) for _ in range(2))
     assert all(np.array_equal(a.frames, b.frames) and a[1:] == b[1:] for a, b in zip(once, anew, strict=True))
+    assert [s.seed for s in once] == [s.seed for s in world.batch(seed, step, 8)[rank::4]]
     for other in (world.batch(seed + 1, step, 2, rank), world.batch(seed, step + 1, 2, rank),
-                  world.batch(seed, step, 2, rank + 1), world.held_out(2)):
+                  world.batch(seed, step, 8, (rank + 1) % 4, 4), world.held_out(2)):
         assert not any(np.array_equal(a.frames, b.frames) for a in once for b in other)
 
 
