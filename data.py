@@ -247,14 +247,20 @@ class World:
 
     def sample(self, seed: int, split: str, number: int) -> Sample:
         rng = np.random.default_rng([seed, split == "train", number])
-        frames, turns = self.ground(rng), [Turn(0, "user", QUERY)]
+        frames = self.ground(rng)
+        turns = self.draw(frames, rng, split)
+        return Sample(frames.clip(0, 255).astype(np.uint8), turns, number)
+
+    def draw(self, frames: np.ndarray, rng: np.random.Generator, split: str) -> list[Turn]:
+        """Paint on frames (F, S, S, 3) float -> what is said of them"""
+        turns = [Turn(0, "user", QUERY)]
         for frame in range(self.frames):
             if rng.random() < 0.45:
                 colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
                 row, column = rng.integers(3, size=2)
                 self.paint(frames[frame], rng, colour, shape, row, column)
                 turns.append(Turn(frame, "assistant", f"A {colour} {shape}, {ROWS[row]} {COLUMNS[column]}."))
-        return Sample(frames.clip(0, 255).astype(np.uint8), turns, number)
+        return turns
 
     def ground(self, rng: np.random.Generator) -> np.ndarray:
         """(F, S, S, 3) float: a texture that stays, and new noise in each frame"""
@@ -289,10 +295,8 @@ class VQA(World):
     def __init__(self, size: int) -> None:
         super().__init__(size, frames=1)
 
-    def sample(self, seed: int, split: str, number: int) -> Sample:
-        rng = np.random.default_rng([seed, split == "train", number])
-        frames, shapes = self.ground(rng), rng.permutation(SHAPES)[:3]
-        colours = rng.permutation(list(COLOURS))[:3]
+    def draw(self, frames: np.ndarray, rng: np.random.Generator, split: str) -> list[Turn]:
+        shapes, colours = rng.permutation(SHAPES)[:3], rng.permutation(list(COLOURS))[:3]
         left = 3 * rng.integers(3) + rng.integers(2)  # two shapes stand side by side, one anywhere
         cells = left, left + 1, rng.choice([cell for cell in range(9) if cell not in (left, left + 1)])
         things = sorted(zip(cells, colours, shapes, strict=True))
@@ -309,48 +313,39 @@ class VQA(World):
         places = [f"A {colour} {shape}, {ROWS[cell // 3]} {COLUMNS[cell % 3]}."
                   for cell, colour, shape in things]
         asked = [*asked, (DESCRIBE, " ".join(places))] if split == "train" else asked[:1]
-        turns = [Turn(1, role, text) for question, answer in asked
-                 for role, text in (("user", question), ("assistant", answer))]
-        return Sample(frames.clip(0, 255).astype(np.uint8), [Turn(0, "system", SYSTEM), *turns], number)
+        return [Turn(0, "system", SYSTEM), *(Turn(1, role, text) for question, answer in asked
+                                             for role, text in (("user", question), ("assistant", answer)))]
 
 
-RECIPES = {  # a step may be of several, so that one alone does not tell the recipe
-    "tea": ("red disc", "white ring", "blue cross", "green disc", "black triangle", "yellow ring"),
-    "soup": ("white ring", "red disc", "yellow cross", "black disc", "blue triangle", "green ring"),
-    "bread": ("blue cross", "yellow cross", "red disc", "green triangle", "white disc", "black ring"),
-    "paint": ("green disc", "black disc", "white ring", "yellow triangle", "red cross", "blue ring")}
+RECIPES = (  # a step may be of several, so that one alone does not tell the recipe
+    ("red disc", "white ring", "blue cross", "green disc", "black triangle", "yellow ring"),
+    ("white ring", "red disc", "yellow cross", "black disc", "blue triangle", "green ring"),
+    ("blue cross", "yellow cross", "red disc", "green triangle", "white disc", "black ring"),
+    ("green disc", "black disc", "white ring", "yellow triangle", "red cross", "blue ring"))
 
 
 class Forecast(World):
     """Three steps of a hidden recipe flash in order; asked before them, the answer after lists the rest."""
 
-    kind, asks, scores, question = "held-out questions", True, ("top1", "forecast"), "What is next?"
+    kind, asks, scores = "held-out questions", True, ("top1", "forecast")
+    question, asked = "What is next?", slice(3, None)  # of the steps from the first that is shown
 
-    def sample(self, seed: int, split: str, number: int) -> Sample:
-        rng = np.random.default_rng([seed, split == "train", number])
-        frames, recipe, first = self.ground(rng), rng.choice(list(RECIPES)), rng.integers(3)
+    def draw(self, frames: np.ndarray, rng: np.random.Generator, split: str) -> list[Turn]:
+        recipe, first = rng.choice(len(RECIPES)), rng.integers(3)
         steps, shown = RECIPES[recipe][first:], np.sort(rng.permutation(self.frames)[:3])
         for frame, step in zip(shown, steps, strict=False):
             self.paint(frames[frame], rng, *step.split(), *rng.integers(3, size=2))
-        question, answer = self.ask(rng, recipe, steps)
-        turns = [Turn(0, "user", question), Turn(self.frames - 1, "assistant", answer)]
-        return Sample(frames.clip(0, 255).astype(np.uint8), turns, number)
-
-    def ask(self, rng: np.random.Generator, recipe: str, steps: tuple[str, ...]) -> tuple[str, str]:
-        return self.question, numbered(f"{step}." for step in steps[3:])
+        answer = numbered(f"{step}." for step in steps[self.asked])
+        return [Turn(0, "user", self.question), Turn(self.frames - 1, "assistant", answer)]
 
     def answers(self) -> list[str]:
-        return [*RECIPES, *map(numbered, RECIPES.values())]
+        return [numbered(recipe) for recipe in RECIPES]
 
 
 class Summary(Forecast):
-    """The same streams; the reply lists the steps that were seen, or names the recipe."""
+    """The same streams; the answer lists the steps that were shown."""
 
-    scores = ("top1",)
-
-    def ask(self, rng: np.random.Generator, recipe: str, steps: tuple[str, ...]) -> tuple[str, str]:
-        asked = [(DESCRIBE, numbered(f"{step}." for step in steps[:3])), ("What is it?", recipe)]
-        return asked[rng.integers(2)]
+    scores, question, asked = ("top1",), DESCRIBE, slice(3)
 
 
 # --- real videos --------------------------------------------------------------------------------------------
@@ -457,11 +452,10 @@ def read_conversations(folder: Path) -> Iterator[tuple[str, object]]:
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
             where = f"{path}, line {number}:"
             try:
-                entry = json.loads(line) if line.strip() else None
+                if line.strip():
+                    yield where, json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where} must be JSON, got {line[:60]!r} ({error})") from None
-            if line.strip():
-                yield where, entry
 
 
 class Folder:
@@ -478,9 +472,10 @@ class Folder:
         self.memory: dict[tuple, np.ndarray] = {}  # video, start, end -> frames or features
         self.encoder: tuple[Callable[[Tensor], Tensor], Path, str] | None = None
         self.clips = self.read("train")
+        self.tested = self.read("val") if self.reader else self.clips
 
     def read(self, split: str) -> list[Clip]:
-        """The clips of a split, whose videos are there; a folder of .jsonl files has but one."""
+        """The clips of a split; of .jsonl files, which have but one, also those whose videos are missing."""
         entries = read_conversations(self.folder)
         if self.reader:
             entries = ((f"{self.folder}, {self.task} {split} {number}:", entry)
@@ -489,14 +484,11 @@ class Folder:
             clips = [check_entry(entry, where, self.folder) for where, entry in entries]
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{self.folder} must hold annotations of {self.task}, got {error!r}") from None
-        there = {video: video.is_file() for video in {clip.video for clip in clips}}
-        for clip in clips:
-            if not there[clip.video] and not self.reader:
-                raise ValueError(f"{clip.where} {clip.video} must be a video file, got no such file")
-        found = [clip for clip in clips if there[clip.video]]
+        there = {video for video in {clip.video for clip in clips} if video.is_file() or not self.reader}
+        found = [clip for clip in clips if clip.video in there]
         if not any(turn["role"] == "assistant" for clip in found for turn in clip.turns):
-            raise ValueError(f"{self.folder} must hold clips and, of {self.task} {split}, replies to learn, "
-                             f"got {len(found)} clips of {len(clips)}")
+            raise ValueError(f"{self.folder} must hold clips and replies ({self.task}, {split}), got "
+                             f"{len(found)} clips of {len(clips)}")
         if len(found) < len(clips):
             print(f"{self.folder}: {len(clips) - len(found)} of {len(clips)} clips lack their video")
         return found
@@ -504,7 +496,7 @@ class Folder:
     def encode(self, encoder: Callable[[Tensor], Tensor], cache: Path, key: str) -> None:
         """From now on samples hold the features of a frozen encoder: each clip is encoded once, into a file.
 
-        encoder: (N, 3, S, S) uint8 -> (N, P, W);  cache: directory of the files;  key: names the encoder
+        encoder: (N, 3, S, S) uint8 on the host -> (N, P, W);  cache: folder of files;  key: names the encoder
         """
         cache.mkdir(parents=True, exist_ok=True)
         self.encoder, self.memory = (encoder, cache, key), {}
@@ -560,7 +552,6 @@ class Folder:
 
     def held_out(self, count: int) -> list[Sample]:
         """At most `count` clips from all over the validation split; a folder of .jsonl files has only one."""
-        self.tested = self.read("val") if self.reader else self.clips
         every = max(1, len(self.tested) // count)
         return [self.sample(self.tested[i], i) for i in range(0, len(self.tested), every)[:count]]
 

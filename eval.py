@@ -12,6 +12,7 @@ import json
 import math
 import re
 import time
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,7 +252,7 @@ class Watcher:
             if logits is not None:
                 logits[:, barred] = -math.inf
                 best = logits.argmax(-1).cpu()
-                if drawn is not None:
+                if drawn is not None and drawn.any():
                     draw = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0]
                     best = torch.where(drawn, draw, best)
                 token = [choice if len(ids) < self.limit else t.end
@@ -295,17 +296,14 @@ def free_run(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample], thresh
 
 
 def narrate(watcher: Watcher, frames: Iterator[np.ndarray], fps: float, query: str, drawing: Path) -> None:
-    """Print what the model says of a stream as frames arrive, each with its time; then draw the routing."""
-    shown, every, count, began = [], 1, 0, time.perf_counter()
+    """Print what the model says of a stream as frames arrive, each with its time; draw the last twelve."""
+    shown, count, began = deque(maxlen=12), 0, time.perf_counter()
     for count, frame in enumerate(frames, 1):
         asked = [[Turn(0, "user", query)]] if count == 1 else None
         said = watcher.watch(data.stack([frame[None]]), asked)[0]
         if said:
             print(printable(f"{(count - 1) / fps:7.1f} s  {said.text}"), flush=True)
-        if (count - 1) % every == 0:
-            shown.append((frame, {layer: keep[0] for layer, keep in watcher.kept.items()}))
-        if len(shown) > 12:  # every second one stays: the picture spans the stream, however long it is
-            shown, every = shown[::2], 2 * every
+        shown.append((frame, {layer: keep[0] for layer, keep in watcher.kept.items()}))
     took = time.perf_counter() - began
     write(drawing, lambda path: path.write_bytes(data.picture(*zip(*shown, strict=True))))
     print(f"{count} frames, {count / fps:.1f} s of video in {took:.1f} s: {1000 * took / count:.0f} ms each\n"
@@ -361,17 +359,15 @@ def forecast(said: list[list[str]], true: list[str], known: list[str]) -> dict[s
 
     every = [action for answer in known for action in actions(answer)]
     verbs, nouns = ({action[part] for action in every} for part in (0, 1))
-    distances = []
-    for candidates, truth in ((mine, actions(answer)) for mine, answer in zip(said, true, strict=True)):
-        tried = []
-        for answer in candidates:
-            mine = [[nearest(verb, verbs), nearest(noun, nouns)] for verb, noun in actions(answer)]
-            mine = (mine + mine[-1:] * len(truth))[: len(truth)]
-            parts = [[[a[0] for a in both], [a[1] for a in both], both] for both in (mine, truth)]
-            tried.append([edit_distance(*pair) / len(truth) for pair in zip(*parts, strict=True)])
-        distances.append([min(column) for column in zip(*tried, strict=True)])
-    means = map(fmean, zip(*distances, strict=True))
-    return dict(zip(("ed_verb", "ed_noun", "ed_action"), means, strict=True))
+    distances = {"ed_verb": [], "ed_noun": [], "ed_action": []}
+    for candidates, truth in zip(said, map(actions, true), strict=True):
+        tried = [[[nearest(verb, verbs), nearest(noun, nouns)] for verb, noun in actions(answer)]
+                 for answer in candidates]
+        tried = [(mine + mine[-1:] * len(truth))[: len(truth)] for mine in tried]
+        for values, part in zip(distances.values(), (slice(1), slice(1, 2), slice(2)), strict=True):
+            goal = [action[part] for action in truth]
+            values.append(min(edit_distance([a[part] for a in mine], goal) for mine in tried) / len(truth))
+    return {name: fmean(values) for name, values in distances.items()}
 
 
 def relaxed(said: list[list[str]], true: list[str], known: list[str]) -> dict[str, float]:
@@ -398,25 +394,26 @@ def evaluate_answers(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample]
     """
     said, c, n, began = [], model.config, 5 if "forecast" in source.scores else 1, time.perf_counter()
     passed, macs, routed = torch.zeros(2), torch.zeros(2), torch.tensor(c.keep) < 1  # pairs: computed, given
-    for at in range(0, len(samples), batch):
-        asked = [s for s in samples[at : at + batch] for _ in range(n)]
+    repeated = [s for s in samples for _ in range(n)]
+    for at in range(0, len(repeated), batch - batch % n):
+        asked = repeated[at : at + batch - batch % n]
         watcher = Watcher(model, tokenizer, torch.tensor([s.seed for s in asked]))
-        said += watcher.ask(asked, torch.arange(len(asked)) % n > 0 if n > 1 else None)
+        said += watcher.ask(asked, torch.arange(len(asked)) % n > 0)
         for s, tokens, seen in zip(asked, watcher.computed().cpu(), watcher.cache.seen.cpu(), strict=True):
             given = seen.expand_as(tokens)  # (L,)
             passed += torch.stack([tokens[routed].sum(), given[routed].sum()])
             macs += torch.tensor([sum(flops(c, row.tolist(), len(s.frames), 1).values())
                                   for row in (tokens, given)])
     took, kinds, true = time.perf_counter() - began, {}, [s.turns[-1].text for s in samples]
-    for mine, s in zip(said[::n], samples, strict=True):
-        kinds.setdefault(s.turns[-2].text.split(" the ")[0], []).append(mine == s.turns[-1].text)
-    free = {"accuracy": fmean(ok for right in kinds.values() for ok in right),
-            "skipped": float((passed[1] - passed[0]) / passed[1].clamp(min=1)),
+    right = [mine == answer for mine, answer in zip(said[::n], true, strict=True)]
+    for s, ok in zip(samples, right, strict=True):
+        kinds.setdefault(s.turns[-2].text.split(" the ")[0], []).append(ok)
+    free = {"accuracy": fmean(right), "skipped": float((passed[1] - passed[0]) / passed[1].clamp(min=1)),
             "flops_of_dense": float(macs[0] / macs[1]), "seconds_per_answer": took / len(samples)}
+    candidates = [said[i : i + n] for i in range(0, len(said), n)]
     for name in source.scores:
-        candidates = [said[i : i + n] for i in range(0, len(said), n)]
         free |= SCORES[name](candidates, true, source.answers())
-    few = {kind: fmean(right) for kind, right in kinds.items() if len(kinds) < 10}
+    few = {kind: fmean(oks) for kind, oks in kinds.items() if len(kinds) < 10}
     return {"questions": len(samples), "free_running": free, "accuracy_of": few}, said[::n]
 
 
@@ -456,8 +453,9 @@ def draw_routing(model: VideoLM, tokenizer: Tokenizer, sample: Sample, pixels: n
         out = model(b.tokens.to(device), b.frames.to(device), groups, b.seed.to(device))
     vision = b.tokens == data.VISION  # (1, T)
     keep = {layer: k.cpu()[vision].view(-1, c.tokens_per_frame) for layer, k in out.keep.items()}  # (F, P)
-    kept = [{layer: k[f] for layer, k in keep.items()} for f in range(len(pixels))]
-    write(path, lambda unfinished: unfinished.write_bytes(data.picture(list(pixels), kept)))
+    shown = range(0, len(pixels), math.ceil(len(pixels) / 12))  # of a long stream 12 frames, from all over it
+    kept = [{layer: k[f] for layer, k in keep.items()} for f in shown]
+    write(path, lambda unfinished: unfinished.write_bytes(data.picture([pixels[f] for f in shown], kept)))
 
 
 METRICS = (  # title, key, form; those indented correct a quirk of the one above
@@ -480,12 +478,13 @@ def report(folder: Path, model: VideoLM, tokenizer: Tokenizer, source: data.Sour
     samples = source.held_out(streams)
     if source.asks:
         result, said = evaluate_answers(model, tokenizer, samples, source)
-        examples = [(s.turns[-2].text, a, s.turns[-1].text) for s, a in zip(samples, said, strict=True)][:8]
+        examples = [(s.turns[-2].text + " ", a.lstrip(), s.turns[-1].text.lstrip())
+                    for s, a in zip(samples[:8], said, strict=False)]
     else:
         result, own = evaluate(model, tokenizer, samples, source.fps, threshold)
         mine, true = replies(own[0]), replies(samples[0])
         examples = [(f"{f / source.fps:5.1f} s  ", mine.get(f, "(silent)"), true.get(f, "(silent)"))
-                    for f in range(len(samples[0].frames))]
+                    for f in range(min(24, len(samples[0].frames)))]
     ways = [way for way in ("teacher_forced", "free_running") if way in result]
     print(f"{folder}: {len(samples)} {source.kind}\n{'':22}" + "".join(f"{way:>18}" for way in ways))
     for title, key, form in METRICS:

@@ -235,4 +235,4 @@ def test_times_are_rounded_up_to_the_frame_grid_and_may_not_lie_past_the_end(tmp
 def test_a_clip_that_cannot_be_read_is_named_with_its_line(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n" + json.dumps({"video": "absent.mp4", "conversation": [TURN]}))
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: .*(absent\.mp4 must be|ffmpeg must be)"):
-        Folder(tmp_path, size=16)
+        Folder(tmp_path, size=16).held_out(1)

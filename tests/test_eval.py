@@ -52,7 +52,9 @@ def test_turns_are_cut_at_the_true_replies_and_a_silent_model_is_waited_for(monk
     assert told == {2: {2: "one"}, 5: {4: "mine", 5: "two"}, 9: {4: "mine", 9: "three"}}
 
 
-def test_free_running_is_scored_on_exactly_what_the_model_heard(monkeypatch):
+@pytest.mark.parametrize("opening", [[], [7]])
+def test_free_running_is_scored_on_exactly_what_the_model_heard(monkeypatch, opening):
+    monkeypatch.setattr(TOKENIZER, "opening", opening)
     monkeypatch.setattr(evaluation.Watcher.__init__, "__defaults__", (0.0, None, 5))  # 5 tokens a reply
     keep = placement("all", 4, 0.2)
     config = Config(vocab_size=len(TOKENIZER), image_size=16, pool=2, keep=keep)
@@ -66,7 +68,8 @@ def test_free_running_is_scored_on_exactly_what_the_model_heard(monkeypatch):
     decided = [[f in replies(s) for f in range(len(s.frames))] for s in own]
     assert any(map(any, decided)) and not all(map(all, decided))  # else it shows nothing
     assert [r.spoke for r in evaluation.read(model, TOKENIZER, own, 0.0)] == decided
-    assert all(len(TOKENIZER.encode(text)) <= 5 for s in own for text in replies(s).values())
+    said = [turn for s in own for turn in s.turns if turn.role == "assistant"]
+    assert all(len(turn.said) <= 5 and turn.text == TOKENIZER.decode(turn.said) for turn in said)
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="decodes a video, and there is no ffmpeg")
