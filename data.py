@@ -17,6 +17,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -560,7 +561,10 @@ class Folder:
         return self.decode(self.tested[sample.seed]) if self.encoder else sample.frames
 
     def answers(self) -> list[str]:
-        """All answers of the validation split."""
+        """All answers of the validation split; of long-term anticipation, those of the taxonomy."""
+        if self.task == "lta":
+            verbs, nouns = map(cycle, words := taxonomy(self.folder))
+            return [f"{next(verbs)} {next(nouns)}" for _ in range(max(map(len, words)))]
         return [turn["content"] for clip in self.tested for turn in clip.turns if turn["role"] == "assistant"]
 
 
@@ -623,18 +627,18 @@ def ego4d(folder: Path, split: str) -> Iterator[dict]:
             yield {"video": f"{uid}.mp4", "end": turns[-1]["time"], "conversation": turns}
 
 
+def taxonomy(folder: Path) -> list[list[str]]:
+    """Ego4D's verbs, of one word each, and nouns: what stands before "_(", unless two are then alike."""
+    words = read_json(folder / "fho_lta_taxonomy.json")
+    short = {kind: [word.split("_(")[0] for word in words[kind]] for kind in ("verbs", "nouns")}
+    return [[(s if short[kind].count(s) == 1 else word).replace("_", joint)
+             for s, word in zip(short[kind], words[kind], strict=True)]
+            for kind, joint in (("verbs", "-"), ("nouns", " "))]
+
+
 def lta(folder: Path, split: str) -> Iterator[dict]:
-    """Ego4D long-term anticipation: 8 actions seen, the next 20 listed.    fho_lta_*.json, <video_uid>.mp4
-
-    A taxonomy word is what stands before its "_(", unless two would be the same; verbs are one word.
-    """
-    def plain(words: list[str]) -> list[str]:
-        short = [word.split("_(")[0] for word in words]
-        return [s if short.count(s) == 1 else word for s, word in zip(short, words, strict=True)]
-
-    taxonomy = read_json(folder / "fho_lta_taxonomy.json")
-    verbs, nouns = ([word.replace("_", joint) for word in plain(taxonomy[kind])]
-                    for kind, joint in (("verbs", "-"), ("nouns", " ")))
+    """Ego4D long-term anticipation: 8 actions seen, the next 20 listed.    fho_lta_*.json, <video_uid>.mp4"""
+    verbs, nouns = taxonomy(folder)
     clips: dict[str, list[dict]] = {}
     for action in read_json(folder / f"fho_lta_{split}.json")["clips"]:
         clips.setdefault(action["clip_uid"], []).append(action)

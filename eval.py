@@ -339,19 +339,21 @@ def top1(said: list[list[str]], true: list[str], known: list[str]) -> dict[str, 
     """COIN and keysteps: share of lines that are right as they are, or as the nearest line of any answer
 
     said: candidates for each answer, of which the first counts;  known: all answers of the split
-    As coded in VideoLLM-online, the mean is over all lines of all answers, and missing ones are not counted.
+    Over all lines of all answers. Exact: a missing line is wrong, as in the paper. Nearest: it is not
+    counted, as in the code of VideoLLM-online.
     """
     categories = {line for answer in known for line in lines(answer)}
     pairs = [pair for mine, answer in zip(said, true, strict=True)
              for pair in zip(lines(mine[0]), lines(answer), strict=False)]
-    return {"top1_exact": fmean(mine == line for mine, line in pairs),
+    total = sum(len(lines(answer)) for answer in true)
+    return {"top1_exact": sum(mine == line for mine, line in pairs) / total,
             "top1_nearest": fmean(nearest(mine, categories) == line for mine, line in pairs)}
 
 
 def forecast(said: list[list[str]], true: list[str], known: list[str]) -> dict[str, float]:
     """ED@Z: edit distance to the Z true actions, over Z, least of the candidates; of verb, noun and both
 
-    The first word of a line is its verb. A word counts as the nearest one that any answer of the split has;
+    The first word of a line is its verb. A word counts as the nearest one of the taxonomy, here those known;
     an answer of fewer lines than Z goes on with its last, and one of more is cut.
     """
     def actions(answer: str) -> list[list[str]]:
@@ -595,6 +597,7 @@ class EvalConfig:
     flops: bool = opt(False, "print the papers' cost tables instead")
     arank: bool = opt(False, "rank the layers of a dense run instead (gamma-MoD)")
     table: bool = opt(False, "print the tables of results/, or of the folder of runs RUN and write RUN.json")
+    merge: str = opt("", "folder for the same run with its adapters merged into the weights")
     streams: int = opt(64, "held-out streams to evaluate on")
     threshold: float = opt(0.0, "speak where silence is less likely than this (theta of VideoLLM-online)")
     query: str = opt(data.QUERY, "with --watch: what to ask before the first frame")
@@ -618,6 +621,11 @@ def main(argv: list[str] | None = None) -> None:
     model = load(folder, models.pick_device(cfg.device)).eval()
     tokenizer = data.tokenizer_for(model.config.vocab_size, model.config.llm)
     trained = data.read_settings(folder / "train.json")
+    if cfg.merge:
+        if Path(cfg.merge).exists():
+            raise ValueError(f"merge must be a new folder, got {cfg.merge}")
+        models.save(Path(cfg.merge), models.merge(model))
+        return write_json(Path(cfg.merge) / "train.json", trained)
     if cfg.watch:
         watcher = Watcher(model, tokenizer, torch.zeros(1).long(), cfg.threshold, cfg.window or None)
         video = data.read_video(Path(cfg.watch), trained["fps"], model.config.image_size, cfg.partial)

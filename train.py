@@ -42,7 +42,7 @@ from model import Config, VideoLM, check_fields, opt, streaming_loss, write, wri
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
 # What a task takes where no flag says otherwise (all but the steps if it starts from --init).
-TASK_DEFAULTS = {"vqa": {
+TASK_DEFAULTS = {"forecast": {"steps": 800}, "summary": {"steps": 1200}, "vqa": {
     "preset": "deep", "keep": 0.5, "router": "shared", "gate": "unit", "masked": "question+answer",
     "routing_loss": 0.01, "steps": 1200, "muon_lr": 0.005, "adam_lr": 0.003}}
 PRETRAINED_DEFAULTS = {"adam_lr": 0.0002}  # with --llm, as the paper; Muon is then not used
@@ -54,7 +54,8 @@ class TrainConfig:
     steps: int = opt(400, "optimizer steps")
     batch: int = opt(16, "streams a step")
     seed: int = opt(0, "of the weights and of the batches")
-    task: str = opt("narration", f"embedded world: {', '.join(data.TASKS)} (with gamma-MoD's defaults)")
+    task: str = opt("narration", f"embedded world: {', '.join(data.TASKS)}; benchmark whose annotations "
+                                 f"--data holds: {', '.join(data.READERS)}")
     data: str = opt("", "folder of clips and .jsonl conversations to learn instead")
     fps: float = opt(2.0, "frames a second to read of clips")
     partial: bool = opt(False, "use what can be decoded of damaged clips")

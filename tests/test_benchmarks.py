@@ -145,9 +145,9 @@ def test_the_edit_distance_counts_what_must_change():
 
 
 @pytest.mark.parametrize(("metric", "said", "true", "expected"), [
-    # 1 of 3 lines is right as it is, "stirr" as the nearest; the line that is missing is not counted
+    # 1 of 4 lines is right as it is, "stirr" as the nearest, where the missing line is not counted
     ("top1", [["1. Pour it.\n2. stirr"], ["pour"]], ["1. Pour it.\n2. Stir.\n3. Sip.", "Sip."],
-     [1 / 3, 2 / 3]),
+     [1 / 4, 2 / 3]),
     # the first has all verbs ("tke" is nearest to "take", the last is repeated), the second all nouns
     ("forecast", [["1. tke cup.\n2. take bat", "put pan\nput bat"]],
      ["1. Take pan.\n2. Take bat.\n3. Take bat."], [0, 0, 1 / 3]),

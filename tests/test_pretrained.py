@@ -130,7 +130,7 @@ def test_a_pretrained_pair_is_trained_saved_converted_and_watches_a_video(tmp_pa
     pytest.importorskip("tokenizers", reason="reads tokenizer.json")
     monkeypatch.chdir(tmp_path)
     make_video(tmp_path / "v.mp4", 1)
-    turns = [{"time": 0, "role": "user", "content": "Go."}, {"time": 0.5, "role": "assistant", "content": "Red."}]
+    turns = [{"time": 0.5, "role": "assistant", "content": "A red ring."}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"video": "v.mp4", "conversation": turns}))
     few = ["--data", ".", "--steps", "1", "--batch", "1", "--streams", "1"]
     pair = ["--llm", str(FIXTURES / "smollm2"), "--vision", str(FIXTURES / "siglip"), "--lora_rank", "2"]

@@ -103,7 +103,7 @@ def test_features_go_the_way_of_the_frames_they_stand_for(monkeypatch):
         a, b = world.held_out(2)
         last, results = Turn(len(b.frames) - 2, "assistant", "A"), []
         pixels = [a, b._replace(frames=b.frames[:-1], turns=[*b.turns[:1], last])]
-        seen = [model.vision_model(stack([s.frames])[0].double() / 127.5 - 1).numpy() for s in pixels]
+        seen = [model.vision_model(stack([s.frames])[0]).numpy() for s in pixels]
         for samples in (pixels, [s._replace(frames=f) for s, f in zip(pixels, seen, strict=True)]):
             result = (evaluate_answers(model, Tokenizer(), samples, world) if world.asks
                       else evaluate(model, Tokenizer(), samples, 2.0))[0]["free_running"]
