@@ -753,7 +753,7 @@ def learnt(model: VideoLM) -> dict[str, Tensor]:
     return {name: t for name, t in model.state_dict().items() if name not in tied and not c.frozen(name)}
 
 
-def save(folder: Path, model: VideoLM, step: int = 0, weights: dict[str, Tensor] | None = None) -> None:
+def save(folder: Path, model: VideoLM, weights: dict[str, Tensor] | None = None, step: int = 0) -> None:
     """Write config.json and the learnt weights, model.safetensors; each appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", asdict(model.config))

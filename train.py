@@ -230,7 +230,7 @@ def checkpoint(folder: Path, model: VideoLM, optimizers: list, step: int) -> Non
     weights = {name: whole(t) for name, t in models.learnt(model).items()}
     if RANK == 0:
         write(folder / f"optimizer-{step}.safetensors", lambda path: save_file(state, path))
-        models.save(folder, model, step, weights)
+        models.save(folder, model, weights, step)
         for old in folder.glob("optimizer-*.safetensors"):
             if old.name != f"optimizer-{step}.safetensors":
                 old.unlink()

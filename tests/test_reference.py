@@ -3,7 +3,7 @@
 import math
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS, integers, normal, watches
 
@@ -81,7 +81,6 @@ def reference(model, tokens, frames, group, late, seed):
     return torch.stack(x), kept_in
 
 
-@settings(max_examples=40)
 @given(watches(max_streams=2, max_chunks=2), SEEDS, st.booleans())
 def test_the_fast_path_is_the_slow_loop_in_value_and_in_gradient(watch, seed, mixed):
     model, batch = watch.model.requires_grad_(True), watch.whole()

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import model as models
 import train
@@ -14,17 +14,9 @@ from model import Config, VideoLM, initialise, load, save
 SMALL = ["--batch", "2", "--streams", "2", "--save_every", "2", "--warmup", "2", "--device", "cpu"]
 
 
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
 def log(folder):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -34,32 +26,27 @@ def whole(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("moment", ["in step 0", "in step 5", "before step 4's save", "after step 4's save"])
+@pytest.mark.parametrize("moment", [
+    "before train_step 0", "before train_step 5", "before save 4", "after save 4"])
 def test_a_run_killed_and_resumed_ends_in_the_same_bits_as_a_whole_one(whole, tmp_path, monkeypatch, moment):
-    def kill(*args, **kwargs):
-        raise Killed
+    when, name, step = moment.split()
+    owner, folder = models if name == "save" else train, tmp_path / "run"
+    original = getattr(owner, name)
 
-    original, save_weights = train.train_step, models.save
+    def kill(*args):  # both are told the step last
+        if args[-1] != int(step):
+            return original(*args)
+        if when == "after":
+            original(*args)
+        raise KeyboardInterrupt
 
-    def step(model, optimizers, cfg, batch, n):
-        return kill() if moment == f"in step {n}" else original(model, optimizers, cfg, batch, n)
-
-    def saving(folder, model, number, weights):
-        if number == 4 and moment.startswith("before"):
-            kill()
-        save_weights(folder, model, number, weights)
-        if number == 4 and moment.startswith("after"):
-            kill()
-
-    folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", step)
-        patch.setattr(models, "save", saving)
-        with pytest.raises(Killed):
+        patch.setattr(owner, name, kill)
+        with pytest.raises(KeyboardInterrupt):
             train.main(["--out", str(folder), "--steps", "6", *SMALL])
     load(folder)
     train.main(["--out", str(folder), "--resume", "--device", "cpu"])
-    a, b = weights(whole), weights(folder)
+    a, b = (load(run).state_dict() for run in (whole, folder))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert log(whole) == log(folder) and [line["step"] for line in log(folder)] == list(range(6))
     assert sorted(p.name for p in folder.glob("optimizer-*")) == ["optimizer-6.safetensors"]
@@ -74,21 +61,24 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(whole):
         train.main(["--out", str(whole.parent / "absent"), "--resume"])
 
 
-def test_a_loaded_model_is_the_saved_one_with_its_placement(tmp_path):
-    config = Config(keep=(0.2, 1.0, 0.0, 0.5), router="learned", gate="unit")
+@pytest.mark.parametrize(("router", "names"), [
+    ("learned", ["0", "3"]), ("shared", ["shared"]), ("random", []), ("uniform", [])])
+def test_a_loaded_model_is_the_saved_one_and_all_its_parameters_are_trained_once(tmp_path, router, names):
+    config = Config(keep=(0.2, 1.0, 0.0, 0.5), router=router, gate="unit")
     model = initialise(VideoLM(config), 3)
     save(tmp_path / "run", model)
     again = load(tmp_path / "run")
-    assert again.config == config
+    assert again.config == config and list(again.routers) == names
+    groups = [g for o in train.make_optimizers(again, train.TrainConfig()) for g in o.param_groups]
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, again.parameters()))
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_run_begun_from_another_has_its_weights_and_new_routers(whole, tmp_path):
-    cfg = train.TrainConfig(init=str(whole), plan="all", keep=0.5, gate="unit")
-    model = train.build(cfg)
+def test_a_run_begun_from_another_has_its_weights_and_new_routers(whole):
+    model = train.build(train.TrainConfig(init=str(whole), plan="all", keep=0.5, gate="unit"))
     assert model.config.keep == (0.5,) * 4 and len(model.routers) == 4
-    donor = weights(whole)
+    donor = load(whole).state_dict()
     assert all(torch.equal(t, donor[name]) for name, t in model.state_dict().items() if name in donor)
 
 

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import DEVICES, Batch, Watch, collate, tiny, unit, watches
+from strategies import Batch, Watch, collate, unit, watches
 from torch import Tensor
 
 from mod import MASKED, PADDING, Groups
-from model import Cache, Output, rotations
+from model import Cache, Config, Output, rotations
 
 
 def by_stream(layers: int, pieces: list[tuple[Batch, Output]]) -> list[tuple[Tensor, Tensor]]:
@@ -27,17 +27,15 @@ def at_once(watch: Watch) -> list[tuple[Tensor, Tensor]]:
     return by_stream(len(watch.model.layers), [(watch.whole(), watch.model(*watch.whole()))])
 
 
-def chunked(watch: Watch, cache: Cache | None = None) -> list[tuple[Tensor, Tensor]]:
-    cache, first, pieces = cache or new_cache(watch), 0, []
+def chunked(watch: Watch, window: int | None = None, kind: type = Cache) -> tuple[Cache, list]:
+    """The cache after all chunks, and what came of each stream"""
+    model, first, pieces = watch.model, 0, []
+    cache = kind(model.config, len(watch.seed), window, model.lm_head.weight.device)
     for chunk in watch.chunks:
-        batch = collate(watch.model, chunk, watch.seed, first)
+        batch = collate(model, chunk, watch.seed, first)
         first = max(first, int(batch.groups.id.max()) + 1)
-        pieces.append((batch, watch.model(*batch, cache)))
-    return by_stream(len(watch.model.layers), pieces)
-
-
-def new_cache(watch: Watch, window: int | None = None, kind: type = Cache) -> Cache:
-    return kind(watch.model.config, len(watch.seed), window, watch.model.lm_head.weight.device)
+        pieces.append((batch, model(*batch, cache)))
+    return cache, by_stream(len(model.layers), pieces)
 
 
 def assert_same(some, others) -> None:
@@ -53,41 +51,32 @@ def held(cache: Cache, layer: int, b: int) -> list[int]:
 
 
 @given(watches())
-def test_chunks_of_any_streams_are_the_whole_sequence_at_once(watch):
-    assert_same(chunked(watch), at_once(watch))
-
-
-@given(watches(together=True, max_chunks=6))
-def test_streams_that_advance_together_are_each_what_they_are_alone(watch):
-    together = chunked(watch)
-    for b, one in enumerate(together):
-        alone = Watch(watch.model, [[c[b]] for c in watch.chunks if c[b]], watch.seed[b : b + 1])
-        for way in (chunked, at_once) if alone.chunks else ():
-            assert_same(way(alone), [one])
-
-
-@given(watches())
-def test_each_layer_holds_the_tokens_that_it_computed_and_no_other(watch):
-    cache = new_cache(watch)
-    for b, (_, keep) in enumerate(chunked(watch, cache)):
-        for layer, computed in enumerate(keep):
-            assert held(cache, layer, b) == computed.nonzero()[:, 0].tolist()
-            if len(watch.seed) == 1 and "assistant" in MASKED[watch.model.config.masked]:  # no room is lost
+def test_chunks_of_any_streams_are_the_whole_sequences_at_once_and_alone(watch):
+    cache, streams = chunked(watch)
+    assert_same(streams, at_once(watch))
+    for b, one in enumerate(streams):
+        alone = watch._replace(chunks=[[c[b]] for c in watch.chunks if c[b]], seed=watch.seed[b : b + 1])
+        if alone.chunks:
+            assert_same(at_once(alone), [one])
+        for layer, computed in enumerate(one[1]):
+            assert held(cache, layer, b) == computed.nonzero()[:, 0].tolist()  # and nothing else
+            if len(streams) == 1 and "assistant" in MASKED[watch.model.config.masked]:  # no room is lost
                 assert cache.length[layer] == computed.sum()
 
 
-@given(watches(max_chunks=2, masked="text"), st.integers(1, 4))
-def test_a_chunk_that_splits_a_frame_is_refused(watch, cut):
-    whole, cache = watch.whole(), new_cache(watch)
-    assume((whole.groups.id[0] >= 0).any())
-    at = int((whole.groups.id[0] >= 0).int().argmax()) + min(cut, watch.model.config.tokens_per_frame - 1)
-    with pytest.raises(ValueError, match=r"^a chunk must not split a group, got \d+ again$"):
-        for part in (slice(0, at), slice(at, None)):
-            groups = Groups.plan(whole.groups.id[:, part].cpu(), watch.model.config.keep)
-            watch.model(whole.tokens[:, part], whole.frames, groups.to(whole.seed.device), whole.seed, cache)
-
-
-# --- the window ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("window", "chunks", "complaint"), [
+    (None, [[0, 0], [0]], "a chunk must not split a group, got 0 again"),
+    (3, [[0, 0, -1], [-1], [0, -1]], "a chunk must not split a group, got 0 again"),
+    (3, [[0, 0, 1, 1]], "with a window, a chunk must begin with its only frame"),
+    (3, [[-1, 0, 0]], "with a window, a chunk must begin with its only frame"),
+    (3, [[0, 0, -1, 1, 1]], "with a window, a chunk must begin with its only frame")])
+def test_a_chunk_that_splits_a_group_or_hides_a_frame_is_refused(window, chunks, complaint):
+    cache = Cache(Config(), 2, window)
+    *fine, wrong = (Groups.plan(torch.tensor([[-1] * len(id), id]), ()) for id in chunks)  # two streams
+    for groups in fine:
+        cache.advance(groups)
+    with pytest.raises(ValueError, match=f"^{complaint}"):
+        cache.advance(wrong)
 
 
 class Everything(Cache):
@@ -99,15 +88,13 @@ class Everything(Cache):
 
     def advance(self, groups):
         start = super().advance(groups)
-        for b, id in enumerate(groups.id):
-            if (id >= 0).any():
-                self.begins[b].append(int(start[b]))
+        for b in (groups.id >= 0).any(1).nonzero()[:, 0].tolist():
+            self.begins[b].append(int(start[b]))
         return start
 
     def stays(self, b: int, position: int) -> bool:
-        begins = self.begins[b]
-        full = len(begins) > self.window
-        return not full or not begins[0] <= position < begins[-self.window]
+        left = self.begins[b][: -self.window]
+        return not left or not left[0] <= position < self.begins[b][-self.window]
 
     def append(self, layer, k, v, position):
         k, v, at = super().append(layer, k, v, position)
@@ -117,9 +104,9 @@ class Everything(Cache):
 
 @given(watches(together=True, max_chunks=10, masked="question+answer"), st.integers(1, 3))
 def test_a_window_hides_all_but_the_first_text_and_the_last_frames(watch, window):
-    cache, slow = new_cache(watch, window), new_cache(watch, window, Everything)
-    streams = chunked(watch, slow)
-    assert_same(chunked(watch, cache), streams)
+    cache, streams = chunked(watch, window)
+    slow, expected = chunked(watch, window, Everything)
+    assert_same(streams, expected)
     for b, (_, keep) in enumerate(streams):
         for layer, computed in enumerate(keep):
             assert held(cache, layer, b) == [t for t in computed.nonzero()[:, 0].tolist() if slow.stays(b, t)]
@@ -129,22 +116,14 @@ def test_a_window_hides_all_but_the_first_text_and_the_last_frames(watch, window
 @given(watches(together=True, max_chunks=1, ratios=st.sampled_from([0.0, 0.5, 1.0]), masked="text"),
        st.integers(1, 3))
 def test_the_memory_of_an_endless_stream_is_bounded(watch, window):
-    B, c, cache = len(watch.seed), watch.model.config, new_cache(watch, window)
+    B, c = len(watch.seed), watch.model.config
     turns = [[unit(c, is_frame, n) for is_frame in (True, False)] for n in range(60)]
-    chunked(watch._replace(chunks=[[[unit(c, False, 0)]] * B] + [[turn] * B for turn in turns]), cache)
+    chunks = [[[unit(c, False, 0)]] * B] + [[turn] * B for turn in turns]
+    cache, _ = chunked(watch._replace(chunks=chunks), window)
     most = 1 + window * (c.tokens_per_frame + 1)
     assert all(length <= most for length in cache.length)
     assert all(rows[0].shape[2] <= max(64, 2 * most) for rows in cache.rows if rows)
     assert cache.seen.flatten().tolist() == [1 + 60 * (c.tokens_per_frame + 1)] * B
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kinds", [[True, True], [False, True], [True, False, True]])
-def test_with_a_window_a_chunk_begins_with_its_only_frame(device, kinds):
-    model = tiny((1.0, 0.5), 0, device)
-    batch = collate(model, [[unit(model.config, kind, n) for n, kind in enumerate(kinds)]], torch.tensor([0]))
-    with pytest.raises(ValueError, match=r"^with a window, a chunk must begin with its only frame"):
-        model(*batch, Cache(model.config, 1, 3, device))
 
 
 @given(st.integers(0, 10**6), st.sampled_from([8, 64, 128]), st.sampled_from([1e4, 5e5]))
