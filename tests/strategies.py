@@ -120,12 +120,13 @@ class Watch(NamedTuple):
 
 @st.composite
 def watches(draw, max_streams=3, together=False, max_chunks=4, ratios=RATIOS, **fixed) -> Watch:
-    """Any placement, router, gate and masking, unless fixed; chunks of 0 to 3 units a stream.
+    """Any placement, router, gate, masking and sliding window, unless fixed; chunks of 0 to 3 units a stream.
 
     together: in a chunk all streams get text, or a frame and text, and some of them nothing
     """
     chosen = {"pool": draw(st.integers(1, 2)), "router": draw(st.sampled_from(ROUTERS)),
-              "gate": draw(st.sampled_from(sorted(GATES))), "masked": draw(st.sampled_from(sorted(MASKED)))}
+              "gate": draw(st.sampled_from(sorted(GATES))), "masked": draw(st.sampled_from(sorted(MASKED))),
+              "sliding_window": draw(st.sampled_from([0, 0, 4]))}
     keep, B = tuple(draw(st.lists(ratios, min_size=1, max_size=4))), draw(st.integers(1, max_streams))
     model = tiny(keep, draw(SEEDS), draw(st.sampled_from(DEVICES)), **chosen | fixed)
     few = st.lists(st.just(False), max_size=2)
