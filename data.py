@@ -318,11 +318,11 @@ class VQA(World):
                                              for role, text in (("user", question), ("assistant", answer)))]
 
 
-RECIPES = (  # a step may be of several, so that one alone does not tell the recipe
+RECIPES = (  # each step is of one recipe, and each has its place there
     ("red disc", "white ring", "blue cross", "green disc", "black triangle", "yellow ring"),
-    ("white ring", "red disc", "yellow cross", "black disc", "blue triangle", "green ring"),
-    ("blue cross", "yellow cross", "red disc", "green triangle", "white disc", "black ring"),
-    ("green disc", "black disc", "white ring", "yellow triangle", "red cross", "blue ring"))
+    ("yellow cross", "black disc", "red triangle", "white cross", "green ring", "blue triangle"),
+    ("blue ring", "green cross", "yellow disc", "red ring", "white triangle", "black cross"),
+    ("green triangle", "yellow triangle", "black ring", "blue disc", "red cross", "white disc"))
 
 
 class Forecast(World):

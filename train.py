@@ -42,9 +42,10 @@ from model import Config, VideoLM, check_fields, opt, streaming_loss, write, wri
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
 
 # What a task takes where no flag says otherwise (all but the steps if it starts from --init).
-TASK_DEFAULTS = {"forecast": {"steps": 800}, "summary": {"steps": 1200}, "vqa": {
-    "preset": "deep", "keep": 0.5, "router": "shared", "gate": "unit", "masked": "question+answer",
-    "routing_loss": 0.01, "steps": 1200, "muon_lr": 0.005, "adam_lr": 0.003}}
+ONE_ANSWER = {"muon_lr": 0.005, "adam_lr": 0.003}  # a stream is harder to learn from than with many replies
+TASK_DEFAULTS = {"forecast": {**ONE_ANSWER, "steps": 500}, "summary": {**ONE_ANSWER, "steps": 500}, "vqa": {
+    **ONE_ANSWER, "preset": "deep", "keep": 0.5, "router": "shared", "gate": "unit",
+    "masked": "question+answer", "routing_loss": 0.01, "steps": 1200}}
 PRETRAINED_DEFAULTS = {"adam_lr": 0.0002}  # with --llm, as the paper; Muon is then not used
 
 
@@ -68,7 +69,7 @@ class TrainConfig:
     lora_rank: int = opt(128, "with --llm: rank of the adapters, 0: the decoder itself learns")
     lora_alpha: float = opt(256.0, "with --llm: the adapters' update is weighed by alpha / rank")
     lora_dropout: float = opt(0.05, "with --llm: dropout before the adapters")
-    plan: str = opt("interleaved", f"which layers are routed: arank (by the ARank of the --init run), "
+    plan: str = opt("interleaved", f"which layers are routed: arank (by that of the --init or --llm), "
                                    f"{', '.join(PLACEMENTS)}")
     dense_layers: int = opt(0, "with --plan arank: layers that stay dense (0: an eighth of them, at most 4)")
     keep: float = opt(0.2, "keep ratio r of the routed layers")
@@ -105,7 +106,8 @@ class TrainConfig:
         usual = {"router": "learned", "gate": "sigmoid", "masked": "text"} | TASK_DEFAULTS.get(self.task, {})
         other = [getattr(self, f) for f in ("router", "gate", "masked") if getattr(self, f) != usual[f]]
         start = (["converted"] if self.init else []) + [f"seed{self.seed}"]
-        name = [Path(self.data).name or self.task, self.plan, *routed, *other, *start]
+        learnt = [part for part in (Path(self.llm).name, Path(self.data).name) if part] or [self.task]
+        name = [*learnt, self.plan, *routed, *other, *start]
         return Path(self.out or f"out/{'-'.join(name)}")
 
 
