@@ -17,7 +17,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -266,7 +266,8 @@ class World:
     def ground(self, rng: np.random.Generator) -> np.ndarray:
         """(F, S, S, 3) float: a texture that stays, and new noise in each frame"""
         S, F = self.size, self.frames
-        texture = 18 * rng.normal(size=(1, S // 4, S // 4, 3)).repeat(4, axis=1).repeat(4, axis=2)
+        coarse = 18 * rng.normal(size=(1, -(-S // 4), -(-S // 4), 3))
+        texture = coarse.repeat(4, axis=1).repeat(4, axis=2)[:, :S, :S]
         return 115 + 25 * rng.uniform(-1, 1, 3) + texture + 6 * rng.normal(size=(F, S, S, 3))
 
     def paint(self, frame: np.ndarray, rng: np.random.Generator, colour: str, shape: str, row: int,
@@ -376,6 +377,8 @@ def read_video(path: Path, fps: float, size: int, partial: bool = False, start: 
         raise ValueError("ffmpeg must be on PATH to decode videos (apt or brew install ffmpeg), got none")
     if not Path(path).is_file():
         raise ValueError(f"{path} must be a video file, got no such file")
+    with open(path, "rb") as file:
+        jpeg = file.read(3) == b"\xff\xd8\xff"
     # A frame keeps the time of the file, so that is its number on the grid. After a seek to the key picture
     # before, 10 s early for files without an index, `start_time` fills in what `trim` drops; `tpad` lets a
     # span end a little after its file.
@@ -386,6 +389,7 @@ def read_video(path: Path, fps: float, size: int, partial: bool = False, start: 
     chain = f"fps={float(fps)}:round=up:start_time=0,{trim},setpts=PTS-STARTPTS,{shape}"
     command = [program, "-nostdin", "-v", "error", *([] if partial else ["-xerror"]),
                "-protocol_whitelist", "file", "-format_whitelist", CONTAINERS, "-copyts", "-start_at_zero",
+               *(["-f", "jpeg_pipe"] if jpeg else []),  # else a large one passes for a pattern of names
                *(["-noaccurate_seek", "-ss", str(start - 10)] if start > 10 else []), "-i", f"file:{path}",
                "-map", "0:v:0", "-vf", chain, "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
     count = 0
@@ -436,11 +440,12 @@ def check_entry(entry: object, where: str, folder: Path) -> Clip:
          f"video must name a file inside {folder}", video)
     need(is_time(start), "start must be a number from 0 to 1e9", start)
     need("end" not in entry or is_time(entry["end"], start), "end must not be before start", entry.get("end"))
+    last = entry.get("end", 1e9)
     need(isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns),
          "conversation must be a list of turns", turns)
     for turn in turns:
         time, role, content = turn.get("time", start), turn.get("role"), turn.get("content")
-        need(is_time(time, start), f"time must be a number from {start} to 1e9", time)
+        need(is_time(time, start) and time <= last, f"time must be a number from {start} to {last}", time)
         need(role in ("user", "assistant"), "role must be user or assistant", role)
         need(isinstance(content, str) and content.strip() and not re.search("[\ud800-\udfff]", content),
              "content must be text", content)
@@ -479,11 +484,13 @@ class Folder:
         """The clips of a split; of .jsonl files, which have but one, also those whose videos are missing."""
         entries = read_conversations(self.folder)
         if self.reader:
-            entries = ((f"{self.folder}, {self.task} {split} {number}:", entry)
+            entries = ((f"{self.folder}, {self.task} {split} {number}, {str(entry['video'])[:60]!r}:", entry)
                        for number, entry in enumerate(self.reader(self.folder, split), 1))
         try:
             clips = [check_entry(entry, where, self.folder) for where, entry in entries]
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, ValueError) as error:
+            if isinstance(error, ValueError) and str(error).startswith(str(self.folder)):
+                raise
             raise ValueError(f"{self.folder} must hold annotations of {self.task}, got {error!r}") from None
         there = {video for video in {clip.video for clip in clips} if video.is_file() or not self.reader}
         found = [clip for clip in clips if clip.video in there]
@@ -511,8 +518,9 @@ class Folder:
         """-> (F, P, W) float32. Raises ValueError if the file of an earlier run is damaged."""
         encoder, cache, key = self.encoder
         stat = clip.video.stat()
-        about = f"{clip.video.name} {stat.st_size} {stat.st_mtime_ns} {clip.start} {clip.end} {self.fps} "
-        name = hashlib.sha256(f"{about} {self.size} {self.partial} {key}".encode()).hexdigest()[:32]
+        about = (clip.video.resolve(), stat.st_size, stat.st_mtime_ns, clip.start, clip.end, self.fps,
+                 self.size, self.partial, key)
+        name = hashlib.sha256(repr(about).encode()).hexdigest()[:32]
         file = cache / f"{name}.safetensors"
         if not file.exists():
             parts = [encoder(part).float().cpu() for part in stack([self.decode(clip)])[0].split(64)]
@@ -536,10 +544,11 @@ class Folder:
             at, last = len(frames), (len(frames) - 1) / self.fps
             if "time" in turn:
                 at, n = grid(turn["time"], self.fps) - grid(clip.start, self.fps), -1
-                if at >= len(frames) and clip.end == math.inf:
-                    raise ValueError(f"{clip.where} time must be at most {last} s, the last frame of "
-                                     f"{clip.video.name}, got {turn['time']}")
-                at = min(at, len(frames) - 1)  # a span may end, rounded up, after its file
+                if at >= len(frames):
+                    if self.reader and not self.asks:
+                        continue  # narrated after the end of the file
+                    raise ValueError(f"{clip.where} time must be at most {clip.start + last} s, the last "
+                                     f"frame of {clip.video.name}, got {turn['time']}")
             said.setdefault((at, turn["role"], n), []).append(turn["content"])
         turns = [Turn(at, role, " ".join(texts)) for (at, role, _), texts in said.items()]
         return Sample(frames, turns, number)
@@ -553,8 +562,8 @@ class Folder:
 
     def held_out(self, count: int) -> list[Sample]:
         """At most `count` clips from all over the validation split; a folder of .jsonl files has only one."""
-        every = max(1, len(self.tested) // count)
-        return [self.sample(self.tested[i], i) for i in range(0, len(self.tested), every)[:count]]
+        count = min(count, len(self.tested))
+        return [self.sample(self.tested[i], i) for i in (n * len(self.tested) // count for n in range(count))]
 
     def pixels(self, sample: Sample) -> np.ndarray:
         """The frames of a held-out sample -> (F, S, S, 3) uint8"""
@@ -615,10 +624,10 @@ def ego4d(folder: Path, split: str) -> Iterator[dict]:
             continue
         passes: dict[str, dict[float, str]] = {}  # annotator -> time -> text
         for narration in sorted(video["narrations"], key=lambda narration: narration["time"]):
-            text = sentence(re.sub(r"#(C|O|unsure)\b", "", narration["text"], flags=re.IGNORECASE))
+            text = re.sub(r"#(C|O|unsure)?|@c", "", narration["text"], flags=re.IGNORECASE).strip(" .,\n")
             at = grid(narration["time"], 2) / 2
             if len(text.split()) >= 2 and at <= 600:
-                passes.setdefault(narration["_annotation_uid"], {})[at] = text
+                passes.setdefault(narration["_annotation_uid"], {})[at] = sentence(text)
         for said in passes.values():
             turns = [{"time": 0, "role": "user", "content": NARRATE}]
             for at, text in said.items():
@@ -653,6 +662,9 @@ def lta(folder: Path, split: str) -> Iterator[dict]:
                        numbered(names[i + 8 : i + 28]))
 
 
+CAMEL = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"  # where a word begins: ReplaceCDDrive, MakeTea
+
+
 def coin(folder: Path, split: str, task: str) -> Iterator[dict]:
     """COIN: name the step or the task, the next step, or up to five of them.    COIN.json, <id>.mp4"""
     question = {"step": "What is being done?", "next": "What is the next step?", "task": "What is the task?",
@@ -661,7 +673,7 @@ def coin(folder: Path, split: str, task: str) -> Iterator[dict]:
     for name, video in read_json(folder / "COIN.json")["database"].items():
         if (video["subset"] == "training") != (split == "train"):
             continue
-        goal = sentence(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", video["class"]))
+        goal = sentence(re.sub(CAMEL, " ", video["class"]))
         steps = [(*step["segment"], sentence(step["label"])) for step in video["annotation"]]
         if task == "task":
             yield span(name, video["start"], video["end"], question, goal)
@@ -687,16 +699,20 @@ def keystep(folder: Path, split: str) -> Iterator[dict]:
 def llava(folder: Path, split: str) -> Iterator[dict]:
     """Image instructions of LLaVA: questions after the image.    train.json and val.json, or any *.json
 
-    Without val.json, of all entries every twentieth is val. Entries without an image are left out.
+    Without val.json, every twentieth image is val. Entries without an image, and turns that are no pair of a
+    question and an answer, are left out.
     """
     whole = not (folder / "val.json").exists()
     files = sorted(folder.glob("*.json")) if whole else [folder / f"{split}.json"]
-    entries = (entry for file in files for entry in read_json(file) if "image" in entry)
-    for number, entry in enumerate(entries):
-        if not whole or (number % 20 == 0) == (split == "val"):
-            turns = [{"role": {"human": "user", "gpt": "assistant"}[turn["from"]],
-                      "content": turn["value"].replace("<image>", "").strip()}
-                     for turn in entry["conversations"]]
+    for entry in (entry for file in files for entry in read_json(file) if "image" in entry):
+        if whole and (zlib.crc32(str(entry["image"]).encode()) % 20 == 0) != (split == "val"):
+            continue
+        said = [(turn["from"], turn["value"].replace("<image>", "").strip())
+                for turn in entry["conversations"]]
+        turns = [{"role": role, "content": text} for (asks, question), (tells, answer) in pairwise(said)
+                 if (asks, tells) == ("human", "gpt") and question and answer
+                 for role, text in (("user", question), ("assistant", answer))]
+        if turns:
             yield {"video": entry["image"], "end": 0, "conversation": turns}
 
 

@@ -69,7 +69,7 @@ class Config:
     router: str = "learned"
     gate: str = "sigmoid"
     masked: str = "text"
-    llm: str = ""  # the Hugging Face folders whose weights are not learnt, so not saved with a run
+    llm: str = ""  # Hugging Face folders; what is not learnt of their weights is not saved with a run
     vision: str = ""
     train_vision: bool = False
     lora_rank: int = 0  # 0: no adapters, the decoder itself is learnt
@@ -93,6 +93,8 @@ class Config:
                  and scaling[1:2] <= scaling[2:3], "be a factor, or factor, low, high, length, above 0"),
                 ("image_mean", len(self.image_mean) == 3, "be three numbers"),
                 ("image_std", len(std) == 3 and min(std) > 0, "be three numbers above 0"),
+                ("new_tokens", self.new_tokens < self.vocab_size, "be below vocab_size"),
+                ("lora_dropout", self.lora_dropout < 1, "be below 1"),
                 ("pool", self.pool <= side, f"be at most {side}, the patches of a side"),
                 ("keep", len(self.keep) == self.num_hidden_layers, "have one ratio a layer"),
                 *((name, getattr(self, name) in names, f"be one of {', '.join(names)}")
@@ -125,7 +127,7 @@ def check_fields(config: object, may_be_zero: tuple[str, ...] = ()) -> None:
         known = isinstance(value, (int, float) if kind is float else kind)
         if not known or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{f.name} must be of type {kind.__name__}, got {value!r}")
-        if kind is tuple and not all(isinstance(x, int | float) and math.isfinite(x) for x in value):
+        if kind is tuple and not all(isinstance(x, int | float) and abs(x) < 2**63 for x in value):
             raise ValueError(f"{f.name} must be numbers, got {value!r}")
         if kind in (int, float) and not (0 < value < 2**31 or (value == 0 and f.name in may_be_zero)):
             least = "at least" if f.name in may_be_zero else "above"
@@ -668,25 +670,39 @@ def encoder_of(folder: Path) -> dict:
     return {names.get(key, key): hf[key] for key in (*names, *same)} | {"vision_type": family}
 
 
-def build(config: Config, seed: int = 0) -> VideoLM:
-    """A model before its first step: pretrained weights as they are in their folders, all else drawn."""
-    with torch.device("meta"):
-        model = VideoLM(config)
-    borrow(model, config.folder_of)
+def skeleton(config: Config) -> VideoLM:
+    """A model whose weights have a shape, and no memory yet."""
+    try:
+        with torch.device("meta"):
+            return VideoLM(config)
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"config must be of a model that can be held, got {str(error)[:99]}") from None
+
+
+def build(config: Config, seed: int = 0, weights: dict[str, Tensor] | None = None) -> VideoLM:
+    """A model before its first step: weights of another run, pretrained ones, all else drawn.
+
+    What is frozen has the type of its file, what learns is float32: an update would vanish in bfloat16.
+    """
+    model, weights = skeleton(config), weights or {}
+    borrow(model, lambda name: config.folder_of(name) and name not in weights)
     new = {name: torch.empty_like(p, device="cpu") for name, p in model.named_parameters() if p.is_meta}
     assign(model, new)
-    return initialise(model, seed, new.keys())
+    initialise(model, seed, new.keys())
+    assign(model, {name: t for name, t in weights.items() if name in own(model)})
+    assign(model, {name: t.float() for name, t in own(model).items() if not config.frozen(name)})
+    return model
 
 
 def borrow(model: VideoLM, wanted: Callable[[str], object]) -> None:
     """Give a model the pretrained weights that are wanted, by name. They stay mapped from their files."""
-    c, names = model.config, {name for name in model.state_dict() if wanted(name)}
+    c, names = model.config, {name for name in own(model) if wanted(name)}
     ours = {name for name in names if name.startswith("vision_model.")}
-    tied = {"lm_head.weight"} if c.tie_word_embeddings else set()  # some files hold it all the same
     if names - ours:
+        tied = ["lm_head.weight"] if c.tie_word_embeddings else []  # some files hold it all the same
         found = {name.removeprefix("model."): t for name, t in read_folder(Path(c.llm)).items()}
         fill(model, Path(c.llm), {name: t for name, t in found.items() if name not in tied
-                                  and not name.endswith("rotary_emb.inv_freq")}, names - ours - tied)
+                                  and not name.endswith("rotary_emb.inv_freq")}, names - ours)
     if ours:
         found = read_folder(Path(c.vision))
         towers = any(name.startswith("vision_model.") for name in found)  # else no name has the prefix
@@ -697,7 +713,7 @@ def borrow(model: VideoLM, wanted: Callable[[str], object]) -> None:
 
 def fill(model: VideoLM, folder: Path, found: dict[str, Tensor], names: Collection[str]) -> None:
     """Assign weights to these names. Raises ValueError naming the first that is missing, odd or too much."""
-    wanted = {name: list(t.shape) for name, t in model.state_dict().items() if name in names}
+    wanted = {name: list(t.shape) for name, t in own(model).items() if name in names}
     shapes = {name: list(t.shape) if t.dtype in FLOATS else t.dtype for name, t in found.items()}
     for name in sorted(wanted.keys() | shapes.keys()):
         if wanted.get(name) != shapes.get(name):
@@ -732,13 +748,14 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 @torch.no_grad()
 def merge(model: VideoLM) -> VideoLM:
     """The same model without adapters: each W becomes W + alpha / rank * B A, and is saved with the run."""
+    if not model.config.lora_rank:
+        raise ValueError("merge must be of a run with adapters, got one of lora_rank 0")
     weights = {name: t for name, t in model.state_dict().items() if "lora_" not in name}
     for name, module in model.named_modules():
         if isinstance(module, Linear) and module.rank:
             change = module.scale * module.lora_B @ module.lora_A
             weights[f"{name}.weight"] = (module.weight + change).to(module.weight.dtype)
-    with torch.device("meta"):
-        merged = VideoLM(replace(model.config, lora_rank=0, tie_word_embeddings=False))
+    merged = skeleton(replace(model.config, lora_rank=0, tie_word_embeddings=False))
     assign(merged, weights)
     return merged
 
@@ -746,11 +763,15 @@ def merge(model: VideoLM) -> VideoLM:
 # --- nothing below is in the papers: run folders and flags --------------------------------------------------
 
 
+def own(model: VideoLM) -> dict[str, Tensor]:
+    """The weights by name, each once: a head that is the embedding table is not there."""
+    tied = model.config.tie_word_embeddings
+    return {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+
+
 def learnt(model: VideoLM) -> dict[str, Tensor]:
     """What a run saves: all weights but those that are as they are in the pretrained folders."""
-    c = model.config
-    tied = {"lm_head.weight"} if c.tie_word_embeddings else set()
-    return {name: t for name, t in model.state_dict().items() if name not in tied and not c.frozen(name)}
+    return {name: t for name, t in own(model).items() if not model.config.frozen(name)}
 
 
 def save(folder: Path, model: VideoLM, weights: dict[str, Tensor] | None = None, step: int = 0) -> None:
@@ -794,8 +815,7 @@ def read_config(folder: Path) -> Config:
 def load(folder: Path, device: torch.device | str = "cpu") -> VideoLM:
     """Rebuild the model of a run folder. Raises ValueError, naming the file, where something does not fit."""
     config = read_config(folder)
-    with torch.device("meta"):
-        model = VideoLM(config)
+    model = skeleton(config)
     borrow(model, config.frozen)
     found = read_weights(folder / "model.safetensors")[0]
     fill(model, folder, found, learnt(model).keys())

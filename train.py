@@ -43,10 +43,11 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 # What a task takes where no flag says otherwise (all but the steps if it starts from --init).
 ONE_ANSWER = {"muon_lr": 0.005, "adam_lr": 0.003}  # a stream is harder to learn from than with many replies
-TASK_DEFAULTS = {"forecast": {**ONE_ANSWER, "steps": 500}, "summary": {**ONE_ANSWER, "steps": 500}, "vqa": {
+TASK_DEFAULTS = {"forecast": {**ONE_ANSWER, "steps": 800}, "summary": {**ONE_ANSWER, "steps": 500}, "vqa": {
     **ONE_ANSWER, "preset": "deep", "keep": 0.5, "router": "shared", "gate": "unit",
     "masked": "question+answer", "routing_loss": 0.01, "steps": 1200}}
-PRETRAINED_DEFAULTS = {"adam_lr": 0.0002}  # with --llm, as the paper; Muon is then not used
+PRETRAINED_DEFAULTS = {"adam_lr": 0.0002}  # as in the paper
+NEEDS = {"lora_rank": "llm", "lora_alpha": "llm", "lora_dropout": "llm", "train_vision": "vision"}
 
 
 @dataclass(frozen=True)
@@ -120,16 +121,13 @@ def build(cfg: TrainConfig) -> VideoLM:
             raise ValueError("init or llm must name a trained dense model for the plan arank, got neither")
         source = data.open_source(cfg.task, cfg.data, cfg.fps, cfg.partial, sizes.image_size)
         tokenizer = data.tokenizer_for(sizes.vocab_size, sizes.llm)
-        ranks = ranks_of(donor or models.build(sizes, cfg.seed), tokenizer, source.batch(0, 0, 50))
+        dense = donor or models.build(sizes, cfg.seed).to(models.pick_device(cfg.device))
+        ranks = ranks_of(dense, tokenizer, source.batch(0, 0, 50))
         keep = mod.rank_placement(ranks.mean(0).tolist(), cfg.keep, cfg.dense_layers)
     else:
         keep = placement(cfg.plan, sizes.num_hidden_layers, cfg.keep)
     routed = replace(sizes, keep=keep, router=cfg.router, gate=cfg.gate, masked=cfg.masked)
-    model = models.build(routed, cfg.seed)
-    if donor:
-        wanted = model.state_dict()
-        models.assign(model, {name: t for name, t in donor.state_dict().items() if name in wanted})
-    return model
+    return models.build(routed, cfg.seed, donor and donor.state_dict())
 
 
 def start(cfg: TrainConfig) -> Config:
@@ -145,14 +143,13 @@ def start(cfg: TrainConfig) -> Config:
 def make_optimizers(model: VideoLM, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of blocks and projector; AdamW for embeddings, head, norms, biases, routers.
 
-    With a pretrained decoder AdamW for all, as in the paper: Muon takes no account of what is there.
+    AdamW for what is pretrained, and for all with a pretrained decoder, as in the paper.
     """
-    hidden: list[Tensor] = []
-    rest: list[Tensor] = []
+    c, hidden, rest = model.config, [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            muon = p.dim() == 2 and ("layers." in name or "projector" in name) and not model.config.llm
-            (hidden if muon else rest).append(p)
+            muon = p.dim() == 2 and ("layers." in name or "projector" in name)
+            (hidden if muon and not c.llm and not c.folder_of(name) else rest).append(p)
     adam = torch.optim.AdamW(rest, lr=cfg.adam_lr, weight_decay=0.0, fused=rest[0].is_cuda)
     optimizers = [torch.optim.Muon(hidden, lr=cfg.muon_lr, weight_decay=0.0), adam] if hidden else [adam]
     for optimizer in optimizers:
@@ -264,7 +261,10 @@ def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
     """The settings of this run; with --resume those it began with. Raises ValueError if the given clash."""
     fixed = given | ({"steps"} if cfg.init else set())
     usual = TASK_DEFAULTS.get(cfg.task, {})
-    if cfg.llm or (cfg.init and models.read_config(Path(cfg.init)).llm):
+    for name, other in NEEDS.items():
+        if name in given and not getattr(cfg, other) and not cfg.resume:
+            raise ValueError(f"{name} must be given with {other}, got no {other}")
+    if cfg.llm or cfg.train_vision or (cfg.init and models.read_config(Path(cfg.init)).llm):
         usual = usual | PRETRAINED_DEFAULTS
     cfg = replace(cfg, **{name: value for name, value in usual.items() if name not in fixed})
     paths = {name: getattr(cfg, name) for name in ("data", "llm", "vision")}  # the same from any folder
@@ -302,15 +302,15 @@ def share_of_dense(model: VideoLM, b: data.Batch) -> float:
     c, T, F = model.config, b.tokens.shape[1], b.frames.shape[1]
     width, head = Groups.plan(b.group, c.keep, b.real).width, int((b.labels >= 0).sum()) // len(b.labels)
     tokens = [T if r == 1 else width[r] for r in c.keep]
-    routed, dense = (sum(flops(c, n, F, head).values()) for n in (tokens, [T] * len(tokens)))
+    costs = [flops(c, n, F, head, c.lora_rank) for n in (tokens, [T] * len(tokens))]
+    known = b.frames.dim() == 4  # features: the encoder does not run
+    routed, dense = (sum(cost.values()) - known * cost["vision"] for cost in costs)
     return round(routed / dense, 4)
 
 
-def main(argv: list[str] | None = None) -> None:
-    cfg = settings(*models.parse(TrainConfig, argv, __doc__))
-    device, folder = models.pick_device(cfg.device), cfg.folder
-    if RANKS > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+def learn(cfg: TrainConfig, device: torch.device) -> data.Source:
+    """Begin or go on with a run, until its last checkpoint -> what it learnt from"""
+    folder = cfg.folder
     model = models.load(folder, device) if cfg.resume else build(cfg).to(device)
     tokenizer = data.tokenizer_for(model.config.vocab_size, model.config.llm)
     source = data.open_source(cfg.task, cfg.data, cfg.fps, cfg.partial, model.config.image_size)
@@ -334,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
             write_json(folder / "train.json", asdict(cfg))
             write(folder / "log.jsonl", lambda path: path.write_text(json.dumps(first) + "\n"))
         checkpoint(folder, model, optimizers, 0)  # from here on it is a run
-    stepped = torch.compile(model) if cfg.compile else model  # the same parameters; evaluation stays as it is
+    stepped = torch.compile(model) if cfg.compile else model  # the same parameters
     with open(folder / "log.jsonl" if RANK == 0 else os.devnull, "a") as log:
         bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, ncols=80, disable=RANK > 0)
         for step in bar:
@@ -345,13 +345,26 @@ def main(argv: list[str] | None = None) -> None:
             bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {1000 * numbers['seconds']:.0f} ms a step")
             if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                 checkpoint(folder, model, optimizers, step + 1)
+    return source
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = settings(*models.parse(TrainConfig, argv, __doc__))
+    device, folder = models.pick_device(cfg.device), cfg.folder
+    if RANKS > 1 and device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if RANKS > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    source = learn(cfg, device)
     if RANKS > 1:
         dist.destroy_process_group()
-    if RANK > 0:
-        return
-    took = median(json.loads(line)["seconds"] for line in (folder / "log.jsonl").read_text().splitlines()[1:])
-    print(f"median step {1000 * took:.0f} ms")
-    report(folder, models.load(folder, device).eval(), tokenizer, source, cfg.streams)  # as it was saved
+    if RANK == 0:
+        steps = (folder / "log.jsonl").read_text().splitlines()[1:]
+        print(f"median step {1000 * median(json.loads(line)['seconds'] for line in steps):.0f} ms")
+        model = models.load(folder, device).eval()  # as it was saved, and whole; the one that learnt is gone
+        encode_once(source, model, folder.parent / "features")
+        tokenizer = data.tokenizer_for(model.config.vocab_size, model.config.llm)
+        report(folder, model, tokenizer, source, cfg.streams)
 
 
 if __name__ == "__main__":
