@@ -98,8 +98,8 @@ class PretrainedTokenizer(Special):
         self.text.no_padding()
         super().__init__(first, self.text.encode("").ids)
         self.text.encode_special_tokens = True
-        self.entries = 1 + max(self.text.get_vocab().values())
-        if self.entries > first:
+        self.entries = 1 + max([*self.text.get_vocab().values(), *self.opening], default=-1)
+        if not 0 < self.entries <= first:
             raise ValueError(f"{file} must have at most {first} entries, the rows of the model, "
                              f"got {self.entries}")
 

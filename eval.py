@@ -640,7 +640,8 @@ def main(argv: list[str] | None = None) -> None:
         if Path(cfg.merge).exists():
             raise ValueError(f"merge must be a new folder, got {cfg.merge}")
         models.save(Path(cfg.merge), models.merge(model))
-        return write_json(Path(cfg.merge) / "train.json", trained)
+        write_json(Path(cfg.merge) / "train.json", trained)
+        return print(f"{cfg.merge}: {folder} without adapters")
     if cfg.watch:
         watcher = Watcher(model, tokenizer, torch.zeros(1).long(), cfg.threshold, cfg.window or None)
         video = data.read_video(Path(cfg.watch), trained["fps"], model.config.image_size, cfg.partial)

@@ -128,7 +128,7 @@ def check_fields(config: object, may_be_zero: tuple[str, ...] = ()) -> None:
         if not known or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{f.name} must be of type {kind.__name__}, got {value!r}")
         if kind is tuple and not all(isinstance(x, int | float) and abs(x) < 2**63 for x in value):
-            raise ValueError(f"{f.name} must be numbers, got {value!r}")
+            raise ValueError(f"{f.name} must be numbers, got {str(value)[:60]}")
         if kind in (int, float) and not (0 < value < 2**31 or (value == 0 and f.name in may_be_zero)):
             least = "at least" if f.name in may_be_zero else "above"
             raise ValueError(f"{f.name} must be {least} 0 and below 2**31, got {str(value)[:60]}")
@@ -680,17 +680,13 @@ def skeleton(config: Config) -> VideoLM:
 
 
 def build(config: Config, seed: int = 0, weights: dict[str, Tensor] | None = None) -> VideoLM:
-    """A model before its first step: weights of another run, pretrained ones, all else drawn.
-
-    What is frozen has the type of its file, what learns is float32: an update would vanish in bfloat16.
-    """
+    """A model of another run's weights, of pretrained ones as their files have them, the rest drawn."""
     model, weights = skeleton(config), weights or {}
     borrow(model, lambda name: config.folder_of(name) and name not in weights)
     new = {name: torch.empty_like(p, device="cpu") for name, p in model.named_parameters() if p.is_meta}
     assign(model, new)
     initialise(model, seed, new.keys())
     assign(model, {name: t for name, t in weights.items() if name in own(model)})
-    assign(model, {name: t.float() for name, t in own(model).items() if not config.frozen(name)})
     return model
 
 

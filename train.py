@@ -92,8 +92,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_keep_ratio(self.keep)
-        if self.init and (self.llm or self.vision):
-            raise ValueError("init must not be given with llm or vision, which the run names, got both")
+        if self.init and (self.llm or self.vision or self.pool):
+            raise ValueError("init must not be given with llm, vision or pool, which its run has, got both")
         if self.batch % RANKS:
             raise ValueError(f"batch must be a multiple of the {RANKS} processes, got {self.batch}")
         check_fields(self, ("seed", "keep", "warmup", "sigma", "dense_layers", "routing_loss", "pool",
@@ -127,7 +127,10 @@ def build(cfg: TrainConfig) -> VideoLM:
     else:
         keep = placement(cfg.plan, sizes.num_hidden_layers, cfg.keep)
     routed = replace(sizes, keep=keep, router=cfg.router, gate=cfg.gate, masked=cfg.masked)
-    return models.build(routed, cfg.seed, donor and donor.state_dict())
+    model = models.build(routed, cfg.seed, donor and donor.state_dict())
+    # What learns does so in float32: in bfloat16, most updates of a weight are rounded away.
+    models.assign(model, {name: t.float() for name, t in models.learnt(model).items()})
+    return model
 
 
 def start(cfg: TrainConfig) -> Config:
