@@ -15,9 +15,10 @@ import struct
 import subprocess
 import tempfile
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
-from itertools import cycle, pairwise
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -27,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 QUERY = "Narrate what you see, as it happens."
 NARRATE = "Narrate what happens, as it happens. Call who wears the camera C, and others by letters."
@@ -151,11 +153,6 @@ class Batch(NamedTuple):
     seed: Tensor  # (B,) int64
 
 
-def turn_tokens(tokenizer: Tokenizer, turn: Turn) -> list[int]:
-    opening = {"system": [], "user": [tokenizer.user], "assistant": [tokenizer.assistant]}[turn.role]
-    return [*opening, *(turn.said or tokenizer.encode(turn.text)), tokenizer.end]
-
-
 def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tokenizer,
            masked: Collection[str], begins: bool = True) -> list[list[int]]:
     """The token sequence of a stream -> [tokens, group, labels], each of T ints (see Batch).
@@ -167,6 +164,7 @@ def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tok
     `<assistant>` that hands over to the answer.
     """
     tokens, group, labels = [], [], []
+    opening = {"system": [], "user": [tokenizer.user], "assistant": [tokenizer.assistant]}
 
     def add(ids: list[int], frame: int, targets: list[int] | None = None) -> None:
         tokens.extend(ids)
@@ -174,7 +172,8 @@ def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tok
         labels.extend(targets or [-100] * len(ids))
 
     def say(turn: Turn) -> None:
-        ids, answers = turn_tokens(tokenizer, turn), turn.role == "assistant"
+        ids = [*opening[turn.role], *(turn.said or tokenizer.encode(turn.text)), tokenizer.end]
+        answers = turn.role == "assistant"
         never = turn.role in masked or (answers and turn.frame < frames)
         add(ids, -1 if never else min(turn.frame, frames - 1), [*ids[1:], -100] if answers else None)
         if answers and "user" in masked:
@@ -199,26 +198,24 @@ def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tok
 
 def stack(frames: list[np.ndarray]) -> Tensor:
     """Frames of B streams, pixels (F, S, S, 3) or features (F, P, W) -> as in Batch"""
-    array = np.zeros((len(frames), max(map(len, frames)), *frames[0].shape[1:]), frames[0].dtype)
-    for row, mine in zip(array, frames, strict=True):
-        row[: len(mine)] = mine
-    tensor = torch.from_numpy(array)
+    tensor = pad_sequence([torch.tensor(mine) for mine in frames], batch_first=True)
     return tensor.movedim(-1, -3) if tensor.dtype == torch.uint8 else tensor
+
+
+def pad(rows: list[list[list[int]]], tokenizer: Tokenizer) -> list[Tensor]:
+    """What `layout` made of B streams -> tokens, group, labels, real, as in Batch"""
+    rows = [[*row, [1] * len(row[0])] for row in rows]
+    return [pad_sequence([torch.tensor(row[i], dtype=torch.long) for row in rows], True, fill)
+            for i, fill in enumerate((tokenizer.pad, -1, -100, 0))]
 
 
 def collate(samples: list[Sample], tokens_per_frame: int, tokenizer: Tokenizer,
             masked: Collection[str]) -> Batch:
     rows = [layout(s.turns, len(s.frames), tokens_per_frame, tokenizer, masked) for s in samples]
-    B, T = len(rows), max(len(row[0]) for row in rows)
-    tokens, group, labels = (np.full((B, T), fill) for fill in (tokenizer.pad, -1, -100))
-    for b, row in enumerate(rows):
-        for array, values in zip((tokens, group, labels), row, strict=True):
-            array[b, : len(values)] = values
-    tokens, group, labels = (torch.from_numpy(a) for a in (tokens, group, labels))
-    real = torch.arange(T) < torch.tensor([[len(row[0])] for row in rows])
+    tokens, group, labels, real = pad(rows, tokenizer)
     decision = (tokens == tokenizer.frame) & (labels >= 0)
     frames, seed = stack([s.frames for s in samples]), torch.tensor([s.seed for s in samples])
-    return Batch(tokens, group, real, labels, decision, frames, seed)
+    return Batch(tokens, group, real.bool(), labels, decision, frames, seed)
 
 
 # --- the embedded worlds ------------------------------------------------------------------------------------
@@ -232,9 +229,10 @@ class World:
 
     fps, kind, asks = 2.0, "held-out streams", False  # asks: each sample ends in a question and its answer
     scores: tuple[str, ...] = ()  # names in eval.SCORES
+    frames = 8
 
-    def __init__(self, size: int, frames: int = 8) -> None:
-        self.size, self.frames = size, frames
+    def __init__(self, size: int, frames: int = 0) -> None:
+        self.size, self.frames = size, frames or self.frames
 
     def batch(self, seed: int, step: int, count: int, rank: int = 0, ranks: int = 1) -> list[Sample]:
         """Of `count` streams every ranks-th, so that several processes have together what one has alone."""
@@ -247,8 +245,11 @@ class World:
         return sample.frames
 
     def sample(self, seed: int, split: str, number: int) -> Sample:
-        rng = np.random.default_rng([seed, split == "train", number])
-        frames = self.ground(rng)
+        rng, S = np.random.default_rng([seed, split == "train", number]), self.size
+        coarse = 18 * rng.normal(size=(1, -(-S // 4), -(-S // 4), 3))
+        texture = coarse.repeat(4, axis=1).repeat(4, axis=2)[:, :S, :S]  # stays; the noise is of each frame
+        ground = 115 + 25 * rng.uniform(-1, 1, 3) + texture
+        frames = ground + 6 * rng.normal(size=(self.frames, S, S, 3))
         turns = self.draw(frames, rng, split)
         return Sample(frames.clip(0, 255).astype(np.uint8), turns, number)
 
@@ -258,31 +259,20 @@ class World:
         for frame in range(self.frames):
             if rng.random() < 0.45:
                 colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
-                row, column = rng.integers(3, size=2)
-                self.paint(frames[frame], rng, colour, shape, row, column)
-                turns.append(Turn(frame, "assistant", f"A {colour} {shape}, {ROWS[row]} {COLUMNS[column]}."))
+                said = self.paint(frames[frame], rng, colour, shape, *rng.integers(3, size=2))
+                turns.append(Turn(frame, "assistant", said))
         return turns
 
-    def ground(self, rng: np.random.Generator) -> np.ndarray:
-        """(F, S, S, 3) float: a texture that stays, and new noise in each frame"""
-        S, F = self.size, self.frames
-        coarse = 18 * rng.normal(size=(1, -(-S // 4), -(-S // 4), 3))
-        texture = coarse.repeat(4, axis=1).repeat(4, axis=2)[:, :S, :S]
-        return 115 + 25 * rng.uniform(-1, 1, 3) + texture + 6 * rng.normal(size=(F, S, S, 3))
-
     def paint(self, frame: np.ndarray, rng: np.random.Generator, colour: str, shape: str, row: int,
-              column: int) -> None:
-        """Draw a shape about where its cell of a 3 x 3 grid has its centre."""
+              column: int) -> str:
+        """Draw a shape, a third of the picture wide, about the centre of its cell of 3 x 3 -> what to say"""
         centre = (np.array([row, column]) * 2 + 1) * self.size / 6 - 0.5 + rng.uniform(-0.5, 0.5, 2)
-        frame[self.mask(shape, centre)] = COLOURS[colour]
-
-    def mask(self, shape: str, centre: np.ndarray) -> np.ndarray:
-        """(S, S) bool, the pixels of a shape about a third of the picture wide"""
-        v, u = ((np.mgrid[: self.size, : self.size] - centre[:, None, None]) * 6.6 / self.size)
+        v, u = (np.mgrid[: self.size, : self.size] - centre[:, None, None]) * 6.6 / self.size
         radius = u * u + v * v
-        return {"disc": radius <= 1, "ring": (radius <= 1) & (radius >= 0.36),
-                "cross": (np.minimum(abs(u), abs(v)) <= 0.3) & (np.maximum(abs(u), abs(v)) <= 1),
-                "triangle": (abs(u) * 2 <= v + 1) & (v <= 1)}[shape]
+        frame[{"disc": radius <= 1, "ring": (radius <= 1) & (radius >= 0.36),
+               "cross": (np.minimum(abs(u), abs(v)) <= 0.3) & (np.maximum(abs(u), abs(v)) <= 1),
+               "triangle": (abs(u) * 2 <= v + 1) & (v <= 1)}[shape]] = COLOURS[colour]
+        return f"A {colour} {shape}, {ROWS[row]} {COLUMNS[column]}."
 
 
 class VQA(World):
@@ -292,31 +282,26 @@ class VQA(World):
     description of the picture. A held-out sample is one such question.
     """
 
-    kind, asks = "held-out questions", True
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size, frames=1)
+    kind, asks, frames = "held-out questions", True, 1
 
     def draw(self, frames: np.ndarray, rng: np.random.Generator, split: str) -> list[Turn]:
         shapes, colours = rng.permutation(SHAPES)[:3], rng.permutation(list(COLOURS))[:3]
         left = 3 * rng.integers(3) + rng.integers(2)  # two shapes stand side by side, one anywhere
         cells = left, left + 1, rng.choice([cell for cell in range(9) if cell not in (left, left + 1)])
         things = sorted(zip(cells, colours, shapes, strict=True))
-        for cell, colour, shape in things:
-            self.paint(frames[0], rng, colour, shape, *divmod(cell, 3))
-        a, b, _ = shapes  # a stands left of b
-        asked = [(f"What is left of the {b}?", f" {a}"), (f"What is right of the {a}?", f" {b}")]
-        asked = [asked[rng.integers(2)]]
-        for _, colour, shape in things:
-            either = [(f"What colour is the {shape}?", f" {colour}"),
-                      (f"What is the {colour} one?", f" {shape}")]
-            asked.append(either[rng.integers(2)])
-        asked = [asked[i] for i in rng.permutation(len(asked))]
-        places = [f"A {colour} {shape}, {ROWS[cell // 3]} {COLUMNS[cell % 3]}."
+        places = [self.paint(frames[0], rng, colour, shape, *divmod(cell, 3))
                   for cell, colour, shape in things]
-        asked = [*asked, (DESCRIBE, " ".join(places))] if split == "train" else asked[:1]
-        return [Turn(0, "system", SYSTEM), *(Turn(1, role, text) for question, answer in asked
-                                             for role, text in (("user", question), ("assistant", answer)))]
+        a, b, _ = shapes  # a stands left of b
+        pairs = [((f"What is left of the {b}?", f" {a}"), (f"What is right of the {a}?", f" {b}"))]
+        for _, colour, shape in things:
+            pairs.append(((f"What colour is the {shape}?", f" {colour}"),
+                          (f"What is the {colour} one?", f" {shape}")))
+        either = [pair[rng.integers(2)] for pair in pairs]
+        asked = [either[i] for i in rng.permutation(len(either))]
+        turns = [Turn(0, "system", SYSTEM)]
+        for question, answer in [*asked, (DESCRIBE, " ".join(places))] if split == "train" else asked[:1]:
+            turns += [Turn(1, "user", question), Turn(1, "assistant", answer)]
+        return turns
 
 
 RECIPES = (  # each step is of one recipe, and each has its place there
@@ -351,6 +336,29 @@ class Summary(Forecast):
 
 
 # --- real videos --------------------------------------------------------------------------------------------
+
+
+def parse(text: bytes, where: str) -> object:
+    """JSON in which a missing key is a ValueError that names it, and where it is missing."""
+    class Record(dict):
+        def __missing__(self, key: str) -> None:
+            raise ValueError(f"{where} must have {key!r} where it has {str(list(self))[:60]}, got none")
+
+    try:
+        return json.loads(text, object_hook=Record)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} must be JSON, got {text[:60]!r} ({error})") from None
+
+
+def read_json(file: Path) -> dict | list:
+    return parse(file.read_bytes(), str(file))
+
+
+def read_lines(file: Path) -> list[tuple[str, object]]:
+    """A file of an entry a line -> where each stands, and the entry"""
+    lines = [(f"{file}, line {n}:", line) for n, line in enumerate(file.read_bytes().splitlines(), 1)]
+    return [(where, parse(line, where)) for where, line in lines if line.strip()]
+
 
 CONTAINERS = ("mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,apng,h264,hevc,ivf,m4v,mjpeg,mxf,"
               "jpeg_pipe,png_pipe,webp_pipe,bmp_pipe")
@@ -431,37 +439,26 @@ def check_entry(entry: object, where: str, folder: Path) -> Clip:
         if not ok:
             raise ValueError(f"{where} {rule}, got {repr(got)[:60]}")
 
-    def is_time(time: object, least: float = 0) -> bool:
-        return not isinstance(time, bool) and isinstance(time, int | float) and least <= time <= 1e9
+    def need_time(name: str, time: object, least: float, most: float) -> None:
+        need(type(time) in (int, float) and least <= time <= most,
+             f"{name} must be a number from {least} to {most}", time)
 
     entry = entry if isinstance(entry, dict) else {}
-    video, turns, start = entry.get("video"), entry.get("conversation"), entry.get("start", 0)
+    video, turns = entry.get("video"), entry.get("conversation")
     need(isinstance(video, str) and not Path(video).is_absolute() and ".." not in Path(video).parts,
          f"video must name a file inside {folder}", video)
-    need(is_time(start), "start must be a number from 0 to 1e9", start)
-    need("end" not in entry or is_time(entry["end"], start), "end must not be before start", entry.get("end"))
-    last = entry.get("end", 1e9)
+    start, end = entry.get("start", 0), entry.get("end", 1e9)
+    need_time("start", start, 0, 1e9)
+    need_time("end", end, start, 1e9)
     need(isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns),
          "conversation must be a list of turns", turns)
     for turn in turns:
-        time, role, content = turn.get("time", start), turn.get("role"), turn.get("content")
-        need(is_time(time, start) and time <= last, f"time must be a number from {start} to {last}", time)
+        role, content = turn.get("role"), turn.get("content")
+        need_time("time", turn.get("time", start), start, end)
         need(role in ("user", "assistant"), "role must be user or assistant", role)
         need(isinstance(content, str) and content.strip() and not re.search("[\ud800-\udfff]", content),
              "content must be text", content)
     return Clip(where, folder / video, start, entry.get("end", math.inf), turns)
-
-
-def read_conversations(folder: Path) -> Iterator[tuple[str, object]]:
-    """Every *.jsonl of a folder, an entry a line -> yields where it stands, and the entry"""
-    for path in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            where = f"{path}, line {number}:"
-            try:
-                if line.strip():
-                    yield where, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where} must be JSON, got {line[:60]!r} ({error})") from None
 
 
 class Folder:
@@ -482,18 +479,16 @@ class Folder:
 
     def read(self, split: str) -> list[Clip]:
         """The clips of a split; of .jsonl files, which have but one, also those whose videos are missing."""
-        entries = read_conversations(self.folder)
+        entries = [line for file in sorted(self.folder.glob("*.jsonl")) for line in read_lines(file)]
         if self.reader:
-            entries = ((f"{self.folder}, {self.task} {split} {number}, {str(entry['video'])[:60]!r}:", entry)
-                       for number, entry in enumerate(self.reader(self.folder, split), 1))
-        try:
-            clips = [check_entry(entry, where, self.folder) for where, entry in entries]
-        except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, ValueError) as error:
-            if isinstance(error, ValueError) and str(error).startswith(str(self.folder)):
-                raise
-            raise ValueError(f"{self.folder} must hold annotations of {self.task}, got {error!r}") from None
-        there = {video for video in {clip.video for clip in clips} if video.is_file() or not self.reader}
-        found = [clip for clip in clips if clip.video in there]
+            try:
+                entries = [(f"{self.folder}, {self.task} {split}, {str(entry['video'])[:60]}:", entry)
+                           for entry in self.reader(self.folder, split)]
+            except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+                raise ValueError(f"{self.folder} must hold annotations of {self.task}, got {error!r}"
+                                 ) from None
+        clips = [check_entry(entry, where, self.folder) for where, entry in entries]
+        found = [clip for clip in clips if clip.video.is_file() or not self.reader]
         if not any(turn["role"] == "assistant" for clip in found for turn in clip.turns):
             raise ValueError(f"{self.folder} must hold clips and replies ({self.task}, {split}), got "
                              f"{len(found)} clips of {len(clips)}")
@@ -572,24 +567,12 @@ class Folder:
     def answers(self) -> list[str]:
         """All answers of the validation split; of long-term anticipation, those of the taxonomy."""
         if self.task == "lta":
-            verbs, nouns = map(cycle, words := taxonomy(self.folder))
-            return [f"{next(verbs)} {next(nouns)}" for _ in range(max(map(len, words)))]
+            verbs, nouns = taxonomy(self.folder)
+            return [f"{verb} {nouns[0]}" for verb in verbs] + [f"{verbs[0]} {noun}" for noun in nouns]
         return [turn["content"] for clip in self.tested for turn in clip.turns if turn["role"] == "assistant"]
 
 
 # --- benchmarks: their own annotation files, as entries of the one format -----------------------------------
-
-
-def read_json(file: Path) -> dict | list:
-    """A JSON file in which a missing key is a ValueError that names it and the file."""
-    class Record(dict):
-        def __missing__(self, key: str) -> None:
-            raise ValueError(f"{file} must have {key!r} where it has {str(list(self))[:60]}, got none")
-
-    try:
-        return json.loads(file.read_text(), object_hook=Record)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} must be JSON: {error}") from None
 
 
 def sentence(text: str) -> str:
@@ -625,8 +608,8 @@ def ego4d(folder: Path, split: str) -> Iterator[dict]:
         passes: dict[str, dict[float, str]] = {}  # annotator -> time -> text
         for narration in sorted(video["narrations"], key=lambda narration: narration["time"]):
             text = re.sub(r"#(C|O|unsure)?|@c", "", narration["text"], flags=re.IGNORECASE).strip(" .,\n")
-            at = grid(narration["time"], 2) / 2
-            if len(text.split()) >= 2 and at <= 600:
+            if len(text.split()) >= 2 and narration["time"] <= 600:
+                at = grid(narration["time"], 2) / 2
                 passes.setdefault(narration["_annotation_uid"], {})[at] = sentence(text)
         for said in passes.values():
             turns = [{"time": 0, "role": "user", "content": NARRATE}]
@@ -667,21 +650,20 @@ CAMEL = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"  # where a word begin
 
 def coin(folder: Path, split: str, task: str) -> Iterator[dict]:
     """COIN: name the step or the task, the next step, or up to five of them.    COIN.json, <id>.mp4"""
-    question = {"step": "What is being done?", "next": "What is the next step?", "task": "What is the task?",
-                "procedure": "What are the next steps, five at most?",
-                "goal": "The task is: {} What are the next steps, five at most?"}[task]
+    more = "What are the next steps, five at most?"
     for name, video in read_json(folder / "COIN.json")["database"].items():
         if (video["subset"] == "training") != (split == "train"):
             continue
         goal = sentence(re.sub(CAMEL, " ", video["class"]))
+        asked = defaultdict(list, task=[(video["start"], video["end"], "What is the task?", goal)])
         steps = [(*step["segment"], sentence(step["label"])) for step in video["annotation"]]
-        if task == "task":
-            yield span(name, video["start"], video["end"], question, goal)
-        for i, (start, end, label) in enumerate(steps if task != "task" else []):
-            after = [label for _, _, label in steps[i + 1 : i + 6]]
-            if task == "step" or after:
-                answer = {"step": label, "next": after[0] if after else ""}.get(task) or numbered(after)
-                yield span(name, start, end, question.format(goal), answer)
+        for i, (start, end, label) in enumerate(steps):
+            asked["step"].append((start, end, "What is being done?", label))
+            if after := [label for _, _, label in steps[i + 1 : i + 6]]:
+                asked["next"].append((start, end, "What is the next step?", after[0]))
+                asked["procedure"].append((start, end, more, numbered(after)))
+                asked["goal"].append((start, end, f"The task is: {goal} {more}", numbered(after)))
+        yield from (span(name, *entry) for entry in asked[task])
 
 
 def keystep(folder: Path, split: str) -> Iterator[dict]:
@@ -730,27 +712,27 @@ def picture(frames: list[np.ndarray], kept: list[dict[int, Tensor]]) -> bytes:
 
     frames: (S, S, 3) uint8 each;  kept: per frame, routed layer -> (1 + p * p,) bool; a bar on top is CLS
     """
-    scale, gap = max(1, 112 // len(frames[0])), 4
-    side, layers = scale * len(frames[0]), sorted(kept[0])
-    height, width = (side + gap) * (1 + len(layers)) + gap, (side + gap) * len(frames) + gap
-    image = np.full((height, width, 3), 255, np.uint8)
-    for left, frame, keep in zip(range(gap, width, side + gap), frames, kept, strict=False):
+    scale, gap = max(1, 112 // len(frames[0])), ((4, 0), (4, 0), (0, 0))  # white above and to the left
+    columns = []
+    for frame, keep in zip(frames, kept, strict=True):
         big = frame.repeat(scale, axis=0).repeat(scale, axis=1)  # (side, side, 3)
-        image[gap : gap + side, left : left + side] = big
-        for top, layer in zip(range(side + 2 * gap, height, side + gap), layers, strict=False):
+        tiles, side = [np.pad(big, gap, constant_values=255)], len(big)
+        for layer in sorted(keep):
             p = math.isqrt(len(keep[layer]) - 1)
             patch = np.arange(side) * p // side  # (side,) the patch that a pixel lies in
             computed_here = keep[layer][1:].view(p, p).numpy()[patch][:, patch, None]  # (side, side, 1)
-            image[top : top + side, left : left + side] = np.where(computed_here, big, 255 - (255 - big) // 5)
+            tile = np.where(computed_here, big, 255 - (255 - big) // 5)
+            tiles.append(np.pad(tile, gap, constant_values=255))
             if keep[layer][0]:
-                image[top - gap + 1 : top - 1, left : left + side] = (40, 90, 200)
-    above = np.concatenate([np.zeros_like(image[:1]), image[:-1]])
-    raw = b"".join(b"\2" + line.tobytes() for line in image - above)  # 2: as differences to the row above
-    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(raw, 9)), (b"IEND", b"")]
-    body = b"".join(struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d))
-                    for kind, d in chunks)
-    return b"\x89PNG\r\n\x1a\n" + body
+                tiles[-1][1:3, 4:] = (40, 90, 200)
+        columns.append(np.concatenate(tiles))
+    image = np.pad(np.hstack(columns), ((0, 4), (0, 4), (0, 0)), constant_values=255)
+    raw = np.pad(image.reshape(len(image), -1), ((0, 0), (1, 0)))  # a row begins with 0: no filter
+    header = struct.pack(">2I5B", image.shape[1], len(image), 8, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(raw, 9)), (b"IEND", b"")):
+        png += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return png
 
 
 Source = World | Folder
@@ -764,7 +746,6 @@ def check_fps(fps: float) -> None:
 
 def open_source(task: str, data: str, fps: float, partial: bool, size: int) -> Source:
     """Where streams come from: the embedded world of a task, or a folder of clips, read as the task says."""
-    check_fps(fps)
     if task not in (known := [*TASKS, *READERS]):
         raise ValueError(f"task must be one of {', '.join(known)}, got {task}")
     if data:
@@ -783,27 +764,19 @@ def newest_run() -> Path:
 
 def read_settings(file: Path) -> dict:
     """What a run was trained on. Raises ValueError, naming the file, where it does not say."""
-    keys = {"task": str, "data": str, "fps": float, "partial": bool}
-    try:
-        values = json.loads(file.read_text())
-        check_fps(values["fps"])
-        return {key: kind(values[key]) for key, kind in keys.items()}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file} must be JSON with {', '.join(keys)}, got {why}") from None
+    values = read_json(file)
+    check_fps(values["fps"])
+    return {key: values[key] for key in ("task", "data", "fps", "partial")}
 
 
 def collect(folder: Path) -> list[dict]:
     """What each run in a folder began with and came to, a row a run."""
     rows = []
     for file in sorted(folder.glob("*/eval.json")):
-        try:
-            result = json.loads(file.read_text())
-            first, *steps = map(json.loads, (file.parent / "log.jsonl").read_text().splitlines())
-            result["free_running"]["seconds_per_step"] = round(median(step["seconds"] for step in steps), 4)
-            rows.append({"run": file.parent.name, **first, **result})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file.parent} must be an evaluated run: {error!r}") from None
-    if rows:
-        return rows
-    raise ValueError(f"{folder} must hold runs, got none")
+        result = read_json(file)
+        first, *steps = [line for _, line in read_lines(file.with_name("log.jsonl"))]
+        result["free_running"]["seconds_per_step"] = round(median(step["seconds"] for step in steps), 4)
+        rows.append({"run": file.parent.name, **first, **result})
+    if not rows:
+        raise ValueError(f"{folder} must hold runs, got none")
+    return rows

@@ -29,7 +29,7 @@ import data
 import model as models
 from data import Sample, Tokenizer, Turn
 from mod import MASKED, PADDING, Groups, computed, flops, placement, rank_placement
-from model import Cache, VideoLM, layer_ranks, load, opt, preset, printable, write, write_json
+from model import Cache, Output, VideoLM, layer_ranks, load, opt, preset, printable, write, write_json
 
 # --- the four metrics of VideoLLM-online --------------------------------------------------------------------
 
@@ -96,29 +96,31 @@ def speaks(logits: Tensor, threshold: float, silent: int) -> Tensor:
 
 
 @torch.no_grad()
+def hear(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample]) -> tuple[data.Batch, Output]:
+    """Feed whole sequences, replies included -> the batch, on the host, and what the model makes of it"""
+    c, device = model.config, model.lm_head.weight.device
+    b = data.collate(samples, c.tokens_per_frame, tokenizer, MASKED[c.masked])
+    groups = Groups.plan(b.group, c.keep, b.real).to(device)
+    return b, model(b.tokens.to(device), b.frames.to(device), groups, b.seed.to(device))
+
+
+@torch.no_grad()
 def read(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample], threshold: float,
          batch: int = 16) -> list[Reading]:
-    """Feed whole sequences, replies included, and read the decisions and the likelihoods -> a Reading each"""
-    readings, device = [], model.lm_head.weight.device
+    """The decisions and the likelihoods in whole sequences -> a Reading each"""
+    readings = []
     for at in range(0, len(samples), batch):
-        c, part = model.config, samples[at : at + batch]
-        b = data.collate(part, c.tokens_per_frame, tokenizer, MASKED[c.masked])
-        groups = Groups.plan(b.group, c.keep, b.real).to(device)
-        hidden = model(b.tokens.to(device), b.frames.to(device), groups, b.seed.to(device)).hidden
-        for row, labels, decision in zip(hidden, b.labels, b.decision, strict=True):
+        b, out = hear(model, tokenizer, samples[at : at + batch])
+        for row, labels, decision in zip(out.hidden, b.labels, b.decision, strict=True):
             places = (labels >= 0).nonzero()[:, 0]
-            logits = model.logits(row[places.to(device)]).float().cpu()  # (labelled, vocabulary)
-            nll = F.cross_entropy(logits, labels[places], reduction="none").tolist()
-            right = (logits.argmax(-1) == labels[places]).tolist()
-            spoke = speaks(logits[decision[places]], threshold, tokenizer.silent).tolist()
-            reading = Reading(spoke, {}, {})
-            frame = -1
-            for is_decision, x, ok in zip(decision[places].tolist(), nll, right, strict=True):
-                frame += is_decision
-                if not is_decision:
-                    reading.nll.setdefault(frame, []).append(x)
-                    reading.right.setdefault(frame, []).append(ok)
-            readings.append(reading)
+            logits = model.logits(row[places.to(row.device)]).float().cpu()  # (labelled, vocabulary)
+            nll = F.cross_entropy(logits, labels[places], reduction="none")
+            right, decides = logits.argmax(-1) == labels[places], decision[places]
+            spoke = speaks(logits[decides], threshold, tokenizer.silent).tolist()
+            reply = torch.where(decides, -1, decides.cumsum(0) - 1)  # frame of a reply's token, -1: of none
+            nll, right = ({f: values[reply == f].tolist() for f in {*reply.tolist()} - {-1}}
+                          for values in (nll, right))
+            readings.append(Reading(spoke, nll, right))
     return readings
 
 
@@ -128,10 +130,10 @@ def replies(sample: Sample) -> dict[int, str]:
             if turn.role == "assistant" and turn.frame < len(sample.frames)}
 
 
-def cut(sample: Sample, frame: int, frames: int, reply: list[Turn]) -> Sample:
+def cut(sample: Sample, frame: int, frames: int, *reply: Turn) -> Sample:
     """The stream as it was before `frame`, with this reply there, and none after it; `frames` long."""
     before = [t for t in sample.turns if t.frame < (frame if t.role == "assistant" else frames)]
-    return sample._replace(turns=before + reply, frames=sample.frames[:frames])
+    return sample._replace(turns=[*before, *reply], frames=sample.frames[:frames])
 
 
 def gather_evidence(model: VideoLM, tokenizer: Tokenizer, truth: list[Sample], heard: list[Sample],
@@ -143,25 +145,21 @@ def gather_evidence(model: VideoLM, tokenizer: Tokenizer, truth: list[Sample], h
     at the true replies either way: free-running, a late reply is also a premature one of the next turn.
     """
     spoke = [reading.spoke for reading in read(model, tokenizer, heard, threshold)]
-    turns = []  # (stream, first frame, reply, frames that may follow: at most the next turn's, and n - 1)
+    turns, told, untold = [], [], []
     for i, sample in enumerate(truth):
-        first, said = 0, [turn for turn in sorted(sample.turns) if turn.role == "assistant"
-                          and turn.frame < len(sample.frames)]  # not what is asked after it
-        for n, turn in enumerate(said, 1):
-            end = said[n].frame if n < len(said) else len(sample.frames) - 1  # of the next turn
-            turns.append((i, first, turn, min(end - turn.frame, turn.frame - first)))
-            first = turn.frame + 1
-    told = [cut(heard[i], t.frame, t.frame + 1, [t]) for i, _, t, _ in turns]
-    scored = read(model, tokenizer, told, threshold)
-    waited = [(i, t, more) for i, first, t, more in turns if not any(spoke[i][first : t.frame + 1])]
-    untold = [cut(heard[i], t.frame, t.frame + 1 + more, []) for i, t, more in waited]
-    silent = read(model, tokenizer, untold, threshold)
-    later = {(i, t.frame): reading.spoke[t.frame + 1 :]
-             for (i, t, _), reading in zip(waited, silent, strict=True)}
+        said = replies(sample)
+        last, frames = len(sample.frames) - 1, sorted(said)
+        for before, frame, after in zip([-1, *frames], frames, [*frames[1:], last], strict=False):
+            decided = spoke[i][before + 1 : frame + 1]
+            turns.append((i, frame, decided))
+            told.append(cut(heard[i], frame, frame + 1, Turn(frame, "assistant", said[frame])))
+            if not any(decided):  # waited for: at most until the next turn ends, and n - 1 frames
+                untold.append(cut(heard[i], frame, min(after + 1, frame + len(decided))))
+    waiting = iter(read(model, tokenizer, untold, threshold))
     evidence: list[list[Evidence]] = [[] for _ in truth]
-    for (i, first, t, _), reading in zip(turns, scored, strict=True):
-        evidence[i].append(Evidence(spoke[i][first : t.frame + 1], later.get((i, t.frame), []),
-                                    reading.nll[t.frame], reading.right[t.frame]))
+    for (i, frame, decided), scored in zip(turns, read(model, tokenizer, told, threshold), strict=True):
+        later = [] if any(decided) else next(waiting).spoke[frame + 1 :]
+        evidence[i].append(Evidence(decided, later, scored.nll[frame], scored.right[frame]))
     return evidence, spoke
 
 
@@ -211,21 +209,18 @@ class Watcher:
 
         rows: of data.layout, empty: the stream waits;  late: what may skip came too late to compete
         """
-        c, lengths, self.begins = self.model.config, torch.tensor([len(row[0]) for row in rows]), False
-        T = int(lengths.max())
-        tokens = torch.tensor([row[0] + [self.tokenizer.pad] * (T - len(row[0])) for row in rows])  # (B, T)
-        group = torch.tensor([row[1] + [-1] * (T - len(row[1])) for row in rows])
+        c, self.begins = self.model.config, False
+        tokens, group, _, real = data.pad(rows, self.tokenizer)  # (B, T) each
         group = group.where(group < 0, group + self.group)
         self.group = max(self.group, int(group.max()) + 1)
-        real = torch.arange(T) < lengths[:, None]
-        groups = Groups.plan(group, c.keep, real, (group >= 0) & late).to(self.device)
+        groups = Groups.plan(group, c.keep, real.bool(), (group >= 0) & late).to(self.device)
         if frames is None:
             frames = torch.zeros(len(rows), 0, 3, c.image_size, c.image_size, dtype=torch.uint8)
         out = self.model(tokens.to(self.device), frames.to(self.device), groups, self.seed, self.cache)
         if frames.shape[1] == 1:
             vision = (tokens == data.VISION).to(self.device)
             self.kept = {layer: keep[vision].view(len(rows), -1).cpu() for layer, keep in out.keep.items()}
-        last = (lengths - 1).clamp(min=0).to(self.device)
+        last = (real.sum(1) - 1).clamp(min=0).to(self.device)
         return self.model.logits(out.hidden[torch.arange(len(rows), device=self.device), last]).float()
 
     def watch(self, frames: Tensor, asked: list[list[Turn]] | None = None) -> list[Turn | None]:
@@ -262,7 +257,8 @@ class Watcher:
                          for choice, ids in zip(best.tolist(), said, strict=True)]
                 for b, ids in enumerate(said):
                     ids.extend([token[b]] if speaking[b] and token[b] != t.end else [])
-            rows = [[[i], [group]] if now else [[], []] for i, now in zip(token, speaking, strict=True)]
+            rows = [[[i], [group], [-100]] if now else [[]] * 3
+                    for i, now in zip(token, speaking, strict=True)]
             logits = self.feed(rows, late=True)
             speaking = [now and i != t.end for i, now in zip(token, speaking, strict=True)]
         return [Turn(0, "assistant", t.decode(ids), tuple(ids)) for ids in said]
@@ -329,15 +325,8 @@ def edit_distance(a: Sequence, b: Sequence) -> int:
 
 @cache
 def nearest(text: str, known: tuple[str, ...]) -> str:
-    """The known text of the least edit distance, of equally near ones the first; to all of them at once."""
-    at = np.arange(1 + max(map(len, known)))
-    codes = np.array([[ord(c) for c in other.ljust(len(at) - 1, "\0")] for other in known])  # (n, longest)
-    row = np.tile(at, (len(known), 1))
-    for c in text:
-        best = row + 1
-        best[:, 1:] = np.minimum(best[:, 1:], row[:, :-1] + (codes != ord(c)))
-        row = np.minimum.accumulate(best - at, axis=1) + at
-    return known[int(row[range(len(known)), [len(other) for other in known]].argmin())]
+    """The known text of the least edit distance, of equally near ones the first"""
+    return min(known, key=lambda other: edit_distance(text, other))
 
 
 def lines(answer: str) -> list[str]:
@@ -409,23 +398,21 @@ def evaluate_answers(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample]
     """
     said, c, n, began = [], model.config, 5 if "forecast" in source.scores else 1, time.perf_counter()
     passed, macs, routed = torch.zeros(2), torch.zeros(2), torch.tensor(c.keep) < 1  # pairs: computed, given
-    repeated = [s for s in samples for _ in range(n)]
-    for at in range(0, len(repeated), batch - batch % n):
-        asked = repeated[at : at + batch - batch % n]
+    for at in range(0, len(samples), batch // n):
+        asked = [s for s in samples[at : at + batch // n] for _ in range(n)]
         watcher = Watcher(model, tokenizer, torch.tensor([s.seed for s in asked]), limit=512)
         said += watcher.ask(asked, torch.arange(len(asked)) % n > 0)
         for s, tokens, seen in zip(asked, watcher.computed().cpu(), watcher.cache.seen.cpu(), strict=True):
-            given = seen.expand_as(tokens)  # (L,)
-            passed += torch.stack([tokens[routed].sum(), given[routed].sum()])
-            macs += torch.tensor([sum(flops(c, row.tolist(), len(s.frames), 1).values())
-                                  for row in (tokens, given)])
+            for i, row in enumerate((tokens, seen.expand_as(tokens))):  # (L,) each
+                passed[i] += row[routed].sum()
+                macs[i] += sum(flops(c, row.tolist(), len(s.frames), 1).values())
     took, kinds = time.perf_counter() - began, {}
     true = [tokenizer.decode(tokenizer.encode(s.turns[-1].text)) for s in samples]  # as it can be said
     right = [mine == answer for mine, answer in zip(said[::n], true, strict=True)]
     for s, ok in zip(samples, right, strict=True):
         kinds.setdefault(s.turns[-2].text.split(" the ")[0], []).append(ok)
     free = {"accuracy": fmean(right), "skipped": float((passed[1] - passed[0]) / passed[1].clamp(min=1)),
-            "flops_of_dense": float(macs[0] / macs[1]), "seconds_per_answer": took / len(repeated)}
+            "flops_of_dense": float(macs[0] / macs[1]), "seconds_per_answer": took / len(said)}
     candidates = [said[i : i + n] for i in range(0, len(said), n)]
     for name in source.scores:
         free |= SCORES[name](candidates, true, source.answers())
@@ -462,13 +449,9 @@ def print_ranks(model: VideoLM, tokenizer: Tokenizer, source: data.Source, sampl
 def draw_routing(model: VideoLM, tokenizer: Tokenizer, sample: Sample, pixels: np.ndarray,
                  path: Path) -> None:
     """The routing of one stream, heard with its true replies. pixels: (F, S, S, 3) uint8"""
-    c, device = model.config, model.lm_head.weight.device
-    b = data.collate([sample], c.tokens_per_frame, tokenizer, MASKED[c.masked])
-    with torch.no_grad():
-        groups = Groups.plan(b.group, c.keep).to(device)
-        out = model(b.tokens.to(device), b.frames.to(device), groups, b.seed.to(device))
+    b, out = hear(model, tokenizer, [sample])
     vision = b.tokens == data.VISION  # (1, T)
-    keep = {layer: k.cpu()[vision].view(-1, c.tokens_per_frame) for layer, k in out.keep.items()}  # (F, P)
+    keep = {layer: k.cpu()[vision].view(len(pixels), -1) for layer, k in out.keep.items()}  # (F, P)
     shown = range(0, len(pixels), math.ceil(len(pixels) / 12))  # of a long stream 12 frames, from all over it
     kept = [{layer: k[f] for layer, k in keep.items()} for f in shown]
     write(path, lambda unfinished: unfinished.write_bytes(data.picture([pixels[f] for f in shown], kept)))
@@ -539,11 +522,9 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-PAPER = (("Full computation", "dense", 1.0, 48.29), ("EarlyExit", "early-exit", 0.0, 7.14),
-         ("LayerSkip", "layer-skip", 0.0, 26.35), ("Interleaved", "interleaved", 0.2, 30.74),
-         ("All", "all", 0.2, 13.18), ("All-Deep", "all-deep", 0.2, 15.37),
-         ("Interleaved-Deep", "interleaved-deep", 0.2, 31.83),
-         ("Interleaved", "interleaved", 0.1, 28.54), ("Interleaved", "interleaved", 0.3, 32.93))
+PAPER = (("dense", 1.0, 48.29), ("early-exit", 0.0, 7.14), ("layer-skip", 0.0, 26.35),  # plan, r, teraMACs
+         ("interleaved", 0.2, 30.74), ("all", 0.2, 13.18), ("all-deep", 0.2, 15.37),
+         ("interleaved-deep", 0.2, 31.83), ("interleaved", 0.1, 28.54), ("interleaved", 0.3, 32.93))
 
 
 def paper_cost(plan: str, keep_ratio: float) -> tuple[float, float, int]:
@@ -578,9 +559,9 @@ def print_cost() -> None:
     print(f"{'placement':18}{'keep':>4}{'paper':>8}{'formula':>9}{'computed here':>15}"
           f"{'of dense':>10}{'KV KiB/frame':>14}")
     dense, encoder = paper_cost("dense", 1.0)[1], flops(preset("llama3-8b"), [], frames=600)["vision"] / 1e12
-    for name, plan, ratio, paper in PAPER:
+    for plan, ratio, paper in PAPER:
         formula, here, kv = paper_cost(plan, ratio)
-        print(f"{name:18}{ratio:4.1f}{paper:8.2f}{formula:9.2f}{here:15.2f}"
+        print(f"{plan:18}{ratio:4.1f}{paper:8.2f}{formula:9.2f}{here:15.2f}"
               f"{here / dense:10.1%}{kv / 1024:14.0f}")
     print("formula: as the paper counts (unmerged LoRA, lm_head over vision tokens, no\n"
           "attention). computed here: attention counted, lm_head only over text, no LoRA,\n"

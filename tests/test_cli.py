@@ -104,7 +104,7 @@ def test_a_dense_run_is_converted_with_two_commands_and_tabled_with_a_third(tmp_
 def test_the_papers_cost_columns_are_reproduced():
     for skipped, paper in GAMMA_PAPER:
         assert gamma_cost(skipped) == pytest.approx(paper, abs=0.05)
-    for _, plan, ratio, paper in PAPER:
+    for plan, ratio, paper in PAPER:
         assert paper_cost(plan, ratio)[0] == pytest.approx(paper, abs=0.01)
     dense, routed = paper_cost("dense", 1.0), paper_cost("interleaved", 0.2)
     assert dense[2] == 32 * 11 * 2 * 8 * 128 * 2 and routed[2] == (16 * 11 + 16 * 3) * 2 * 8 * 128 * 2
