@@ -1,8 +1,16 @@
-"""Layouts, scores, models and streams, valid by construction. Shapes and seeds are drawn, tensors follow."""
+"""Layouts, scores, models and streams, valid by construction. Shapes and seeds are drawn, tensors follow.
 
+And small folders of clips: ffmpeg draws what real videos would show.
+"""
+
+import json
+import shutil
+import subprocess
 from collections import namedtuple
+from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -137,3 +145,19 @@ def watches(draw, max_streams=3, together=False, max_chunks=4, ratios=RATIOS, **
     chunks = [[[unit(model.config, frame, seed + 99 * i + 9 * b + n) for n, frame in enumerate(row)]
                for b, row in enumerate(rows)] for i, rows in enumerate(plan)]
     return Watch(model, chunks, integers(seed, 0, 1000, B))
+
+
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg to decode videos")
+TURN = {"time": 0.5, "role": "assistant", "content": "Hello."}
+
+
+def make_video(path: Path, seconds: float = 2.0, rate: int = 10, source: str = "testsrc2=size=64x48",
+               filters: str = "null") -> Path:
+    drawn = ["-f", "lavfi", "-i", f"{source}:rate={rate}:duration={seconds},{filters}"]
+    subprocess.run(["ffmpeg", "-v", "error", *drawn, "-pix_fmt", "yuv420p", path], check=True)
+    return path
+
+
+def annotate(folder: Path, *entries: dict) -> Path:
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    return folder

@@ -16,33 +16,29 @@ RUN = ["--task", "vqa", "--preset", "tiny", "--plan", "all", "--batch", "4", "--
        "--adam_lr", "0.001", "--muon_lr", "0.001", "--streams", "1", "--save_every", "2", "--device", "cpu"]
 
 
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()[1:]]
-
-
-def torchrun(*argv: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*command, ROOT / "train.py", *argv], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+def outcome(run: Path) -> tuple[list[float], dict, dict]:
+    """The losses, the weights, and the shapes of the state of the optimizers"""
+    losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()[1:]]
+    state = {name: t.shape for name, t in load_file(run / "optimizer-3.safetensors").items()}
+    return losses, load_file(run / "model.safetensors"), state
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone") / "run"
     train.main([*RUN, "--out", str(folder)])
-    return folder
+    return outcome(folder)
 
 
 @pytest.mark.parametrize("how", [[], ["--shard"]], ids=["replicated", "sharded"])
 def test_two_processes_have_the_losses_and_the_weights_of_one_on_the_same_batches(alone, tmp_path, how):
-    torchrun(*RUN, *how, "--out", str(tmp_path / "run"))
-    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-4)
-    one, two = (load_file(run / "model.safetensors") for run in (alone, tmp_path / "run"))
-    assert one.keys() == two.keys()
-    for name, t in one.items():
-        torch.testing.assert_close(two[name], t, rtol=0.02, atol=0.002)  # Muon rounds to bfloat16
-    state = {name: t.shape for name, t in load_file(alone / "optimizer-3.safetensors").items()}
-    assert {n: t.shape for n, t in load_file(tmp_path / "run" / "optimizer-3.safetensors").items()} == state
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, ROOT / "train.py", *RUN, *how, "--out", tmp_path / "run"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses, weights, state = outcome(tmp_path / "run")
+    assert losses == pytest.approx(alone[0], rel=1e-4) and state == alone[2]
+    torch.testing.assert_close(weights, alone[1], rtol=0.02, atol=0.002)  # Muon rounds to bfloat16
 
 
 def test_a_batch_must_be_shared_out_evenly(monkeypatch):

@@ -1,38 +1,25 @@
 """What is scored is what a model did: turns cut as the metrics say, its own replies heard, pictures true."""
 
-import shutil
 import struct
-import subprocess
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from strategies import make_video, needs_ffmpeg
 
 import eval as evaluation
 import train
 from data import Sample, Tokenizer, Turn, World, picture
-from eval import Evidence, Reading, evaluate, gather_evidence, replies
-from mod import placement
+from eval import Evidence, Reading, cut, evaluate, gather_evidence, replies
 from model import Config, VideoLM, initialise, printable
 
 TOKENIZER = Tokenizer()
 
 
-def stream(frames, **said):
-    turns = [Turn(0, "user", "Go."), *(Turn(int(f[1:]), "assistant", text) for f, text in said.items())]
+def stream(frames, replies):
+    turns = [Turn(0, "user", "Go."), *(Turn(f, "assistant", text) for f, text in replies.items())]
     return Sample(np.zeros((frames, 8, 8, 3), np.uint8), turns, 0)
-
-
-def scripted(speaks_at, asked):
-    """A `read` of a model that wants to speak at fixed frames, whatever it heard."""
-    def read(model, tokenizer, samples, threshold):
-        asked.extend(samples)
-        spoke = [[f in speaks_at for f in range(len(s.frames))] for s in samples]
-        return [Reading(row, {f: [0.5] for f in replies(s)}, {f: [True] for f in replies(s)})
-                for row, s in zip(spoke, samples, strict=True)]
-    return read
 
 
 @pytest.mark.parametrize(("speaks_at", "expected"), [
@@ -41,11 +28,15 @@ def scripted(speaks_at, asked):
     (set(), [([0, 0, 0], [0, 0]), ([0, 0, 0], [0, 0]), ([0, 0, 0, 0], [0])]),  # never; 1 frame is left
 ])
 def test_turns_are_cut_at_the_true_replies_and_a_silent_model_is_waited_for(monkeypatch, speaks_at, expected):
-    truth, asked = stream(11, f2="one", f5="two", f9="three"), []
-    heard = truth._replace(turns=[*truth.turns[:1], Turn(4, "assistant", "mine")])
-    monkeypatch.setattr(evaluation, "read", scripted(speaks_at, asked))
-    evidence, spoke = gather_evidence(None, None, [truth, stream(3)], [heard, stream(3)], 0.0)
-    assert evidence == [[Evidence([*map(bool, a)], [*map(bool, b)], [0.5], [True]) for a, b in expected], []]
+    def scripted(model, tokenizer, samples, threshold):  # whatever it heard, it speaks at these frames
+        asked.extend(samples)
+        return [Reading([f in speaks_at for f in range(len(s.frames))],
+                        *({f: [value] for f in replies(s)} for value in (0.5, True))) for s in samples]
+
+    monkeypatch.setattr(evaluation, "read", scripted)
+    asked, truth, heard = [], stream(11, {2: "one", 5: "two", 9: "three"}), stream(11, {4: "mine"})
+    evidence, spoke = gather_evidence(None, None, [truth, stream(3, {})], [heard, stream(3, {})], 0.0)
+    assert evidence == [[Evidence(now, later, [0.5], [True]) for now, later in expected], []]
     assert [len(row) for row in spoke] == [11, 3]
     ends = [(len(s.frames) - 1, replies(s)) for s in asked]
     told = {last: said for last, said in ends if last in said}
@@ -56,12 +47,10 @@ def test_turns_are_cut_at_the_true_replies_and_a_silent_model_is_waited_for(monk
 def test_free_running_is_scored_on_exactly_what_the_model_heard(monkeypatch, opening):
     monkeypatch.setattr(TOKENIZER, "opening", opening)
     monkeypatch.setattr(evaluation.Watcher.__init__, "__defaults__", (0.0, None, 5))  # 5 tokens a reply
-    keep = placement("all", 4, 0.2)
-    config = Config(vocab_size=len(TOKENIZER), image_size=16, pool=2, keep=keep)
+    config = Config(vocab_size=len(TOKENIZER), image_size=16, pool=2, keep=(0.2,) * 4)
     model = initialise(VideoLM(config), 1).double()
     samples = World(size=16).held_out(3)
-    early = [turn for turn in samples[1].turns if turn.frame < 5]
-    samples[1] = samples[1]._replace(frames=samples[1].frames[:5], turns=early)
+    samples[1] = cut(samples[1], 5, 5)
     samples[2].turns.append(Turn(4, "user", "And now?"))
     monkeypatch.setattr(evaluation, "speaks", lambda logits, *_: (logits[..., 7] * 100).int() % 2 == 0)
     _, own = evaluate(model, TOKENIZER, samples, 2.0)
@@ -72,11 +61,10 @@ def test_free_running_is_scored_on_exactly_what_the_model_heard(monkeypatch, ope
     assert all(len(turn.said) <= 5 and turn.text == TOKENIZER.decode(turn.said) for turn in said)
 
 
-@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="decodes a video, and there is no ffmpeg")
+@needs_ffmpeg
 def test_a_video_is_watched_with_and_without_a_window(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    source = "testsrc2=size=64x48:rate=10:duration=20"
-    subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", source, "clip.mp4"], check=True)
+    make_video(tmp_path / "clip.mp4", 20)
     train.main(["--steps", "1", "--batch", "1", "--streams", "1", "--device", "cpu", "--out", "run"])
     capsys.readouterr()
     monkeypatch.setattr(evaluation.Watcher.__init__, "__defaults__", (0.0, None, 5))  # 5 tokens a reply
@@ -118,16 +106,8 @@ def test_the_picture_fades_what_was_skipped_and_nothing_else():
 
 def test_a_frame_is_cls_and_the_grid_of_mean_patches_row_by_row():
     vision = initialise(VideoLM(Config(image_size=16, patch_size=4, pool=2)), 0).double().vision_model
-    vision.encoder["layers"] = nn.ModuleList()  # without attention, a patch is known from its own pixels
     pixels = torch.randint(256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    e, place = vision.embeddings, vision.embeddings.position_embedding.weight
-
-    def token(row, column):
-        patch = pixels.double()[..., 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
-        x = e.patch_embedding(patch / 127.5 - 1)[0, :, 0, 0] + place[1 + 4 * row + column]
-        return vision.post_layernorm(vision.pre_layrnorm(x))
-
-    expected = [vision.post_layernorm(vision.pre_layrnorm(e.class_embedding + place[0]))]
-    for row, column in ((0, 0), (0, 2), (2, 0), (2, 2)):
-        expected.append(sum(token(row + a, column + b) for a in (0, 1) for b in (0, 1)) / 4)
-    torch.testing.assert_close(vision(pixels)[0], torch.stack(expected), rtol=0, atol=1e-12)
+    hidden = vision.hidden(pixels.double() / 127.5 - 1)[0]  # as transformers has it: see test_pretrained
+    assert hidden.mean(1).abs().max() < 1e-9  # from scratch: after the final norm
+    grid = hidden[1:].unflatten(0, (2, 2, 2, 2)).mean((1, 3)).flatten(0, 1)  # 4 x 4 patches in fours
+    torch.testing.assert_close(vision(pixels)[0], torch.cat([hidden[:1], grid]), rtol=0, atol=1e-12)

@@ -11,24 +11,23 @@ from test_pretrained import FIXTURES, SMALL, logits
 
 import model as models
 import train
-from data import World, collate
+from data import Special, World, collate
 from mod import MASKED
 from model import Linear
 
 FOLDERS = {"llm": str(FIXTURES / "qwen2"), "vision": str(FIXTURES / "clip")}  # tied, with biases
 
 
-def adapted(rank: int, alpha: float = 4.0, dropout: float = 0.0, **changes) -> models.VideoLM:
-    sizes = replace(SMALL, lora_rank=rank, lora_alpha=alpha, lora_dropout=dropout)
-    config = models.pretrained(sizes, **FOLDERS, new_tokens=6)
+def adapted(rank: int, **changes) -> models.VideoLM:
+    config = models.pretrained(replace(SMALL, lora_rank=rank), **FOLDERS, new_tokens=6)
     return models.build(replace(config, **changes), seed=1)
 
 
 @settings(max_examples=10)
 @given(st.integers(1, 5), st.sampled_from([0.5, 3.0, 16.0]), st.integers(0, 99))
 def test_merged_adapters_are_the_unmerged_to_rounding_and_begin_as_no_change(rank, alpha, seed):
-    net, tokens = adapted(rank, alpha).double().eval(), torch.arange(20)[None]
-    plain = models.build(models.pretrained(SMALL, **FOLDERS, new_tokens=6)).double()
+    net, tokens = adapted(rank, lora_alpha=alpha).double().eval(), torch.arange(20)[None]
+    plain = adapted(0).double()
     assert torch.equal(logits(net, tokens), logits(plain, tokens))
     maps = [module for module in net.modules() if isinstance(module, Linear)]
     assert len(maps) == 7 * 2 + 1 and all(m.lora_A.shape[0] == rank for m in maps)  # and lm_head
@@ -41,12 +40,12 @@ def test_merged_adapters_are_the_unmerged_to_rounding_and_begin_as_no_change(ran
 
 
 def test_a_step_changes_the_adapters_the_router_the_projector_and_the_new_tokens_alone(tmp_path):
-    net = adapted(3, dropout=0.5, keep=(0.5, 0.5), router="shared", gate="unit")
+    net = adapted(3, lora_alpha=4.0, lora_dropout=0.5, keep=(0.5, 0.5), router="shared", gate="unit")
     before = {name: t.clone() for name, t in net.state_dict().items()}
     cfg = train.TrainConfig(llm=FOLDERS["llm"], adam_lr=0.1, warmup=0)
     optimizers, world = train.make_optimizers(net, cfg), World(net.config.image_size)
-    tokenizer = type("Tiny", (), {"opening": [], "encode": lambda self, text: [5] * len(text.split()), **dict(
-        zip(("pad", "user", "assistant", "end", "frame", "silent"), range(96, 102), strict=True))})()
+    tokenizer = Special(96, [])
+    tokenizer.encode = lambda text: [5] * len(text.split())
     batch = collate(world.batch(0, 0, 2), net.config.tokens_per_frame, tokenizer, MASKED["text"])
     for step in (1, 2):  # after the first, the gradient of A is no longer zero
         train.train_step(net, optimizers, cfg, batch, step)

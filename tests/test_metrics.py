@@ -35,25 +35,18 @@ def test_a_turn_is_scored_as_worked_out_by_hand(case, time_diff, corrected, flue
     assert got["lm_ppl"] == pytest.approx(2)
 
 
-def test_lm_correctness_ends_at_the_first_wrong_token_and_reply_accuracy_does_not():
-    numbers = summarise([[turn([SPEAK], right=[True, False, True, True])]], fps=2)
-    assert numbers["lm_correctness"] == 1 / 4 and numbers["reply_accuracy"] == 3 / 4
-
-
 def test_the_mean_is_over_turns_then_over_streams_and_time_is_in_seconds():
     late, punctual = turn([SILENT], later=[SPEAK]), turn([SPEAK])
     numbers = summarise([[late, punctual, punctual, punctual], [late], []], fps=2)
     assert numbers["time_diff"] == pytest.approx((1 / 4 + 1) / 2 / 2)
 
 
-def test_the_mean_of_perplexities_is_not_the_perplexity_of_the_mean():
-    sure, unsure = turn([SPEAK], nll=[0.0] * 4), turn([SPEAK], nll=[2.0] * 4)
+def test_corrected_perplexity_is_that_of_all_tokens_and_reply_accuracy_counts_every_right_one():
+    sure, unsure = turn([SPEAK], nll=[0.0] * 4, right=[True, False, True, True]), turn([SPEAK], nll=[2.0] * 4)
     numbers = summarise([[sure, unsure]], fps=1)
     assert numbers["lm_ppl"] == pytest.approx((1 + math.exp(2)) / 2)
     assert numbers["lm_ppl_corrected"] == pytest.approx(math.exp(1))
-
-
-def test_nothing_to_score_is_an_error_and_not_a_perfect_score():
+    assert numbers["lm_correctness"] == (1 / 4 + 1) / 2 and numbers["reply_accuracy"] == 7 / 8
     with pytest.raises(ValueError, match="at least one reply"):
         summarise([[], []], fps=2)
 

@@ -1,7 +1,6 @@
 """Hugging Face folders are read as transformers reads them, or refused in a sentence."""
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_data import make_video, needs_ffmpeg
+from strategies import TURN, annotate, make_video, needs_ffmpeg
 
 import eval as evaluation
 import model as models
@@ -22,10 +21,7 @@ DECODERS, ENCODERS = (sorted(p.parent for p in FIXTURES.glob("*/expected.safeten
                              if p.parent.name.startswith(("clip", "siglip")) == vision)
                       for vision in (False, True))
 SMALL = replace(Config(), pool=2)
-
-
-def name(folder: Path) -> str:
-    return folder.name
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
 def logits(net: VideoLM, tokens: torch.Tensor) -> torch.Tensor:
@@ -33,7 +29,7 @@ def logits(net: VideoLM, tokens: torch.Tensor) -> torch.Tensor:
     return net.logits(net(tokens, torch.zeros(len(tokens), 0, 3, 8, 8, dtype=torch.uint8), groups).hidden)
 
 
-@pytest.mark.parametrize("folder", DECODERS, ids=name)
+@pytest.mark.parametrize("folder", DECODERS, ids=lambda folder: folder.name)
 def test_the_logits_of_a_decoder_are_those_of_transformers(folder):
     expected = load_file(folder / "expected.safetensors")
     for new in (0, 6):
@@ -45,7 +41,7 @@ def test_the_logits_of_a_decoder_are_those_of_transformers(folder):
     assert (net.new_embeddings == table.mean(0)).all() and len(table) == net.config.vocab_size - 6
 
 
-@pytest.mark.parametrize("folder", ENCODERS, ids=name)
+@pytest.mark.parametrize("folder", ENCODERS, ids=lambda folder: folder.name)
 def test_the_hidden_states_of_an_encoder_are_those_of_transformers(folder):
     expected = load_file(folder / "expected.safetensors")
     vision = models.build(models.pretrained(SMALL, vision=str(folder))).float().vision_model
@@ -66,61 +62,46 @@ def test_weights_keep_the_type_of_their_file_and_what_is_learnt_is_float32():
     assert out.dtype == torch.bfloat16 and out.shape == (1, 102, 102) and out.isfinite().all()
 
 
-def spoil(change):
-    """A change of a json file, or of the tensors of model.safetensors (None: without it)."""
-    def apply(folder: Path) -> None:
-        (name, values), = change.items()
-        if name.endswith("json"):
-            old = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
-            return (folder / name).write_text(json.dumps(old | values))
-        weights = load_file(folder / name) | values
-        save_file({key: t for key, t in weights.items() if t is not None}, folder / name)
-    return apply
+def spoil(file: Path, change: dict | bytes | None) -> None:
+    """Write other bytes, values of a JSON file or tensors; None: leave only a pickle."""
+    if change is None:
+        file.rename(file.with_name("pytorch_model.bin"))
+    elif isinstance(change, bytes):
+        file.write_bytes(change)
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    else:
+        save_file(load_file(file) | change, file)
 
 
-def tensors(**change):
-    return spoil({"model.safetensors": {key.replace("__", "."): t for key, t in change.items()}})
-
-
-def index(*shards):
-    return spoil({"model.safetensors.index.json": {"weight_map": dict(enumerate(shards))}})
-
-
-@pytest.mark.parametrize(("spoiled", "complaint"), [
-    (spoil({"config.json": {"model_type": "gpt2"}}), "model_type must be llama or .*, got 'gpt2'"),
-    (spoil({"config.json": {"rope_scaling": {"type": "yarn"}}}), "rope_type must be .*llama3, got 'yarn'"),
-    (spoil({"config.json": {"hidden_act": "gelu"}}), "hidden_act must be silu, got 'gelu'"),
-    (spoil({"config.json": {"partial_rotary_factor": 0.5}}), r"partial_rotary_factor must be 1\.0, got 0\.5"),
-    (spoil({"config.json": {"hidden_size": "big"}}), r"config\.json must be of a known model"),
-    (spoil({"config.json": {"hidden_size": 10**12}}), "hidden_size must be above 0 and below"),
-    (spoil({"config.json": {"num_hidden_layers": 10**9}}), "num_hidden_layers must be at most 1000, got"),
-    (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json must be a JSON object"),
-    (lambda folder: (folder / "config.json").write_text("[" * 10**5), r"config\.json must be JSON"),
-    (tensors(model__norm__weight=None), r"norm\.weight must be \[24\], got nothing"),
-    (tensors(model__norm__weight=torch.ones(9)), r"norm\.weight must be \[24\], got \[9\]"),
-    (tensors(model__norm__weight=torch.ones(24).long()), r"norm\.weight must be \[24\], got torch\.int64"),
-    (tensors(model__norm__bias=torch.ones(24)), r"norm\.bias must be absent, got \[24\]"),
-    (index("../a.safetensors"), r"safetensors files beside it, got '\.\./a\.safetensors'"),
-    (index("pytorch_model.bin"), "safetensors files beside it, got 'pytorch_model.bin'"),
-    (index("absent.safetensors"), r"absent\.safetensors must be a safetensors file"),
-    (spoil({"model.safetensors.index.json": {"weight_map": 3}}), "safetensors files beside it, got"),
-    (lambda folder: os.truncate(folder / "model.safetensors", 9999),
-     r"model\.safetensors must be a safetensors file"),
-    (lambda folder: (folder / "model.safetensors").write_bytes(b"\x80\x04K\x01."), "must be a safetensors"),
-    (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), r"got \.bin files"),
-    (spoil({"config.json": {"rope_scaling": {"type": "linear", "factor": 0}}}), r"above 0, got \(0,\)"),
-    (spoil({"config.json": {"intermediate_size": True}}), "intermediate_size must be of type int, got True"),
+@pytest.mark.parametrize(("file", "change", "complaint"), [
+    (CONFIG, {"model_type": "clip"}, "model_type must be llama or mistral or qwen2, got 'clip'"),
+    (CONFIG, {"rope_scaling": {"type": "yarn"}}, "rope_type must be .*llama3, got 'yarn'"),
+    (CONFIG, {"rope_scaling": {"type": "linear", "factor": 0}}, r"above 0, got \(0,\)"),
+    (CONFIG, {"hidden_act": "gelu"}, "hidden_act must be silu, got 'gelu'"),
+    (CONFIG, {"partial_rotary_factor": 0.5}, r"partial_rotary_factor must be 1\.0, got 0\.5"),
+    (CONFIG, {"hidden_size": "big"}, r"config\.json must be of a known model"),
+    (CONFIG, {"hidden_size": 10**12}, "hidden_size must be above 0 and below"),
+    (CONFIG, {"intermediate_size": True}, "intermediate_size must be of type int, got True"),
+    (CONFIG, {"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 1000, got"),
+    (CONFIG, b"[]", r"config\.json must be a JSON object"),
+    (CONFIG, b"[" * 10**5, r"config\.json must be JSON"),
+    (WEIGHTS, {"model.norm.weight": torch.ones(24).long()}, r"norm\.weight must be \[24\], got torch\.int64"),
+    (WEIGHTS, {"model.norm.bias": torch.ones(24)}, r"norm\.bias must be absent, got \[24\]"),
+    (WEIGHTS, None, r"got \.bin files"),
+    (INDEX, b'{"weight_map": {"x": "../a.safetensors"}}', r"files beside it, got '\.\./a\.safetensors'"),
+    (INDEX, b'{"weight_map": {"x": "pytorch_model.bin"}}', "files beside it, got 'pytorch_model.bin'"),
+    (INDEX, b'{"weight_map": {"x": "absent.safetensors"}}', r"absent\.safetensors must be a safetensors"),
+    (INDEX, b'{"weight_map": 3}', "safetensors files beside it, got"),
 ])
-def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path, spoiled, complaint):
+def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path, file, change, complaint):
     folder = Path(shutil.copytree(FIXTURES / "llama2", tmp_path / "llm"))
-    spoiled(folder)
+    spoil(folder / file, change)
     with pytest.raises(ValueError, match=complaint):
         models.build(models.pretrained(SMALL, str(folder)))
 
 
-def test_a_folder_of_the_other_kind_is_refused():
-    with pytest.raises(ValueError, match="model_type must be llama or mistral or qwen2, got 'clip'"):
-        models.pretrained(SMALL, llm=str(FIXTURES / "clip"))
+def test_an_encoder_of_no_known_family_is_refused():
     with pytest.raises(ValueError, match="model_type must be clip or siglip, got 'llama'"):
         models.pretrained(SMALL, vision=str(FIXTURES / "llama2"))
 
@@ -129,9 +110,7 @@ def test_a_folder_of_the_other_kind_is_refused():
 def test_a_pretrained_pair_is_trained_saved_converted_and_watches_a_video(tmp_path, monkeypatch, capsys):
     pytest.importorskip("tokenizers", reason="reads tokenizer.json")
     monkeypatch.chdir(tmp_path)
-    make_video(tmp_path / "v.mp4", 1)
-    turns = [{"time": 0.5, "role": "assistant", "content": "A red ring."}]
-    (tmp_path / "a.jsonl").write_text(json.dumps({"video": "v.mp4", "conversation": turns}))
+    make_video(annotate(tmp_path, {"video": "v.mp4", "conversation": [TURN]}) / "v.mp4", 1)
     few = ["--data", ".", "--steps", "1", "--batch", "1", "--streams", "1"]
     pair = ["--llm", str(FIXTURES / "smollm2"), "--vision", str(FIXTURES / "siglip"), "--lora_rank", "2"]
     gamma = ["--router", "shared", "--masked", "question", "--routing_loss", "0.01", "--keep", "0.5"]
