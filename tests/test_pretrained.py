@@ -60,6 +60,8 @@ def test_weights_keep_the_type_of_their_file_and_what_is_learnt_is_float32():
     assert {kinds[name] for name in kinds if not config.frozen(name)} == {torch.float32}
     out = logits(net, torch.arange(102)[None])  # new tokens too
     assert out.dtype == torch.bfloat16 and out.shape == (1, 102, 102) and out.isfinite().all()
+    cfg = train.TrainConfig(llm=config.llm, vision=str(FIXTURES / "clip"), train_vision=True, lora_rank=0)
+    assert {p.dtype for p in train.build(cfg).parameters()} == {torch.float32}  # all of it learns
 
 
 def spoil(file: Path, change: dict | bytes | None) -> None:
