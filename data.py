@@ -380,11 +380,11 @@ def read_video(path: Path, fps: float, size: int, partial: bool = False, start: 
     -> yields (S, S, 3) uint8 RGB. Raises ValueError: no ffmpeg, no such file, no frame, damage.
     Note: nothing but this local file is opened: no protocol, and no container that names other files.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"{path} must be a video file, got no such file")
     program = shutil.which("ffmpeg")
     if program is None:
         raise ValueError("ffmpeg must be on PATH to decode videos (apt or brew install ffmpeg), got none")
-    if not Path(path).is_file():
-        raise ValueError(f"{path} must be a video file, got no such file")
     with open(path, "rb") as file:
         jpeg = file.read(3) == b"\xff\xd8\xff"
     # A frame keeps the time of the file, so that is its number on the grid. After a seek to the key picture
@@ -764,19 +764,27 @@ def newest_run() -> Path:
 
 def read_settings(file: Path) -> dict:
     """What a run was trained on. Raises ValueError, naming the file, where it does not say."""
-    values = read_json(file)
-    check_fps(values["fps"])
-    return {key: values[key] for key in ("task", "data", "fps", "partial")}
+    keys = {"task": str, "data": str, "fps": float, "partial": bool}
+    try:
+        values = json.loads(file.read_text())
+        check_fps(values["fps"])
+        return {key: kind(values[key]) for key, kind in keys.items()}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file} must be JSON with {', '.join(keys)}, got {why}") from None
 
 
 def collect(folder: Path) -> list[dict]:
     """What each run in a folder began with and came to, a row a run."""
     rows = []
     for file in sorted(folder.glob("*/eval.json")):
-        result = read_json(file)
-        first, *steps = [line for _, line in read_lines(file.with_name("log.jsonl"))]
-        result["free_running"]["seconds_per_step"] = round(median(step["seconds"] for step in steps), 4)
-        rows.append({"run": file.parent.name, **first, **result})
-    if not rows:
-        raise ValueError(f"{folder} must hold runs, got none")
-    return rows
+        try:
+            result = json.loads(file.read_text())
+            first, *steps = map(json.loads, (file.parent / "log.jsonl").read_text().splitlines())
+            result["free_running"]["seconds_per_step"] = round(median(step["seconds"] for step in steps), 4)
+            rows.append({"run": file.parent.name, **first, **result})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file.parent} must be an evaluated run: {error!r}") from None
+    if rows:
+        return rows
+    raise ValueError(f"{folder} must hold runs, got none")

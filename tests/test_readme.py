@@ -15,7 +15,7 @@ import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BUDGETS = {"README.md": 260, "mod.py": 280, "model.py": 880, "data.py": 790, "train.py": 380, "eval.py": 640}
+BUDGETS = {"README.md": 260, "mod.py": 280, "model.py": 880, "data.py": 800, "train.py": 380, "eval.py": 650}
 MAP = re.findall(r"^\| ((?:Eq\.|Sections?|Table) [^,|]+|[\w ]+ of gamma-MoD), [^|]*\| `(\w+)\.(\w+)` "
                  r"\| `tests/\w+\.py` \|$", README, re.M)
 
