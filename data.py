@@ -484,7 +484,9 @@ class Folder:
             try:
                 entries = [(f"{self.folder}, {self.task} {split}, {str(entry['video'])[:60]}:", entry)
                            for entry in self.reader(self.folder, split)]
-            except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+            except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+                if str(error).startswith(str(self.folder)):  # it names the file already
+                    raise
                 raise ValueError(f"{self.folder} must hold annotations of {self.task}, got {error!r}"
                                  ) from None
         clips = [check_entry(entry, where, self.folder) for where, entry in entries]

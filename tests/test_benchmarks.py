@@ -122,6 +122,10 @@ def test_each_benchmark_is_trained_on_and_evaluated(folder, task, score, monkeyp
 @pytest.mark.parametrize(("task", "file", "broken", "complaint"), [
     ("coin-step", "COIN.json", '{"data": 1}', r"COIN\.json must have 'database' where it has \['data'\]"),
     ("coin-step", "COIN.json", '{"database": [1]}', "must hold annotations of coin-step, got AttributeError"),
+    ("coin-step", "COIN.json", json.dumps({"database": {"v": {
+        "class": "A", "subset": "training", "start": 0, "end": 1,
+        "annotation": [{"label": "a", "segment": [1]}]}}}),
+     r"must hold annotations of coin-step, got ValueError\('not enough values"),
     ("lta", "fho_lta_train.json", '{"clips": [{}]}', r"fho_lta_train\.json must have 'clip_uid'"),
     ("ego4d", "all_narrations_redacted.json", "[", r"all_narrations_redacted\.json must be JSON"),
     ("keystep", "keystep_train.json", None, r"No such file.*keystep_train\.json"),
