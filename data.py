@@ -249,16 +249,18 @@ class World:
         coarse = 18 * rng.normal(size=(1, -(-S // 4), -(-S // 4), 3))
         texture = coarse.repeat(4, axis=1).repeat(4, axis=2)[:, :S, :S]  # stays; the noise is of each frame
         ground = 115 + 25 * rng.uniform(-1, 1, 3) + texture
-        frames = ground + 6 * rng.normal(size=(self.frames, S, S, 3))
+        frames = rng.standard_normal((self.frames, S, S, 3))
+        frames *= 6  # in place, as all that follows: drawing must cost little beside a step
+        frames += ground
         turns = self.draw(frames, rng, split)
-        return Sample(frames.clip(0, 255).astype(np.uint8), turns, number)
+        return Sample(frames.clip(0, 255, out=frames).astype(np.uint8), turns, number)
 
     def draw(self, frames: np.ndarray, rng: np.random.Generator, split: str) -> list[Turn]:
         """Paint on frames (F, S, S, 3) float -> what is said of them"""
         turns = [Turn(0, "user", QUERY)]
         for frame in range(self.frames):
             if rng.random() < 0.45:
-                colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+                colour, shape = list(COLOURS)[rng.integers(len(COLOURS))], SHAPES[rng.integers(len(SHAPES))]
                 said = self.paint(frames[frame], rng, colour, shape, *rng.integers(3, size=2))
                 turns.append(Turn(frame, "assistant", said))
         return turns
@@ -267,11 +269,15 @@ class World:
               column: int) -> str:
         """Draw a shape, a third of the picture wide, about the centre of its cell of 3 x 3 -> what to say"""
         centre = (np.array([row, column]) * 2 + 1) * self.size / 6 - 0.5 + rng.uniform(-0.5, 0.5, 2)
-        v, u = (np.mgrid[: self.size, : self.size] - centre[:, None, None]) * 6.6 / self.size
-        radius = u * u + v * v
-        frame[{"disc": radius <= 1, "ring": (radius <= 1) & (radius >= 0.36),
-               "cross": (np.minimum(abs(u), abs(v)) <= 0.3) & (np.maximum(abs(u), abs(v)) <= 1),
-               "triangle": (abs(u) * 2 <= v + 1) & (v <= 1)}[shape]] = COLOURS[colour]
+        v, u = ((np.arange(self.size) - at) * 6.6 / self.size for at in centre)
+        v = v[:, None]  # (S, 1)
+        if shape == "cross":
+            inside = (np.minimum(abs(u), abs(v)) <= 0.3) & (np.maximum(abs(u), abs(v)) <= 1)
+        elif shape == "triangle":
+            inside = (abs(u) * 2 <= v + 1) & (v <= 1)
+        else:
+            inside = (u * u + v * v <= 1) & (u * u + v * v >= (0.36 if shape == "ring" else 0))
+        frame[inside] = COLOURS[colour]
         return f"A {colour} {shape}, {ROWS[row]} {COLUMNS[column]}."
 
 
