@@ -1,29 +1,39 @@
-"""Every number and picture: the streaming metrics, a live narration, the costs.
+"""Every number and picture: metrics, a live narration, costs, speed and memory.
 
     python eval.py [RUN]              evaluate a run (the newest in out/)
     python eval.py RUN --watch VIDEO  narrate a video as its frames arrive
     python eval.py RUN --arank        the rank of each layer's attention maps
     python eval.py --flops            the papers' costs, and those of this code
+    python eval.py --profile          speed and memory, dense beside MoD
     python eval.py [RUNS] --table     results/, or a folder of runs, as tables
 """
 
 import contextlib
+import itertools
 import json
 import math
+import platform
 import re
+import textwrap
 import time
+import warnings
+import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median, quantiles
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 
 import data
 import model as models
@@ -195,7 +205,7 @@ class Watcher:
                  window: int | None = None, limit: int = 200) -> None:
         self.model, self.tokenizer, self.threshold, self.limit = model, tokenizer, threshold, limit
         self.device, self.streams, self.group = model.lm_head.weight.device, len(seed), 0  # the next group
-        self.seed, self.cache = seed.to(self.device), Cache(model.config, len(seed), window, self.device)
+        self.seed, self.cache = seed.to(self.device), Cache(model, len(seed), window)
         self.kept: dict[int, Tensor] = {}  # routed layer -> (B, P) bool, what it computed of the last frame
         self.masked, self.begins = MASKED[model.config.masked], True
 
@@ -515,18 +525,40 @@ def print_tables(folder: str) -> None:
         print(f"{file}\n\n{table(json.loads(file.read_text()))}\n")
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict] | dict) -> str:
     """Markdown, free-running; in a cell the values of all seeds of a run, one if they read the same"""
+    if isinstance(rows, dict):
+        return speed_table(rows["rows"])
     known = {key for row in rows for key in row["free_running"]}
     columns = [metric for metric in METRICS if metric[1] in known and metric[0][0] != " "]
-    lines = [f"| run | {' | '.join(title for title, _, _ in columns)} |", "|---" * (len(columns) + 1) + "|"]
     runs: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["seed"]):
         runs.setdefault(row["run"].split("-seed")[0], []).append(row["free_running"])
+    lines = [["run", *(title for title, _, _ in columns)]]
     for name, seeds in sorted(runs.items()):
-        cells = ([form.format(s[key]) for s in seeds if key in s] or ["-"] for _, key, form in columns)
-        lines.append(f"| `{name}` | {' | '.join(' / '.join(c if len({*c}) > 1 else c[:1]) for c in cells)} |")
-    return "\n".join(lines)
+        values = ([form.format(s[key]) for s in seeds if key in s] or ["-"] for _, key, form in columns)
+        lines.append([f"`{name}`", *(" / ".join(v if len({*v}) > 1 else v[:1]) for v in values)])
+    return grid(lines)
+
+
+def speed_table(rows: list[dict]) -> str:
+    """What `profile` measured, as Markdown: work on whole streams, then what is saved on one more frame"""
+    whole = [row for row in rows if row["work"] != "stream"]
+    parts = [grid([list(COLUMNS), *map(cells, whole)])]
+    saved = {(row["tokens_per_frame"], row["before"], row["streams"]): f"{row['saved']:.0%}"
+             for row in rows if row["work"] == "stream"}
+    if saved:
+        pools, contexts, streams = (sorted(set(values)) for values in zip(*saved, strict=True))
+        lines = [[str(P), f"{before:,}", *(saved.get((P, before, n), "-") for n in streams)]
+                 for P in pools for before in contexts]
+        parts.append(grid([["tokens a frame", "tokens before", *(f"{n} streams" for n in streams)], *lines]))
+    return "\n\n".join(parts)
+
+
+def grid(lines: list[list[str]]) -> str:
+    """A Markdown table; the first line is its head."""
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
 
 
 PAPER = (("dense", 1.0, 48.29), ("early-exit", 0.0, 7.14), ("layer-skip", 0.0, 26.35),  # plan, r, teraMACs
@@ -590,6 +622,335 @@ def encode_once(source: data.Source, model: VideoLM, cache: Path) -> None:
         source.encode(lambda pixels: model.vision_model(pixels.to(device)), cache, key)
 
 
+# --- speed and memory: dense beside MoD, of the same weights, at the same shapes ----------------------------
+
+KINDS = {"dense": 1.0, "mod": 0.2}  # keep ratio of every other layer
+PROFILES = {  # of training steps pool, frames (0: as many as fit, dense), streams; of prefills pool, frames;
+    "tiny": ([(6, 8, 16), (6, 32, 4)], [(6, 64), (6, 256)],  # of streaming all of these pools, tokens before,
+             [1, 3, 6], [512, 8192], [1, 8, 32]),  # and parallel streams
+    "llama3-8b": ([(3, 600, 1), (7, 0, 1), (7, 600, 1)], [(3, 600), (7, 600)],
+                  [3, 7, 14], [8192, 65536], [1, 4, 16])}
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors seen that are alive, now and at most; fake ones take no memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.most, self.known = 0, 0, WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tree_map_only(Tensor, self.count, args)
+        return tree_map_only(Tensor, self.count, function(*args, **(kwargs or {})))
+
+    def count(self, t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage not in self.known:
+            self.known[storage] = size = storage.nbytes()
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.forget, size)
+        return t
+
+    def forget(self, size: int) -> None:
+        self.now -= size
+
+
+def drawn_batch(c: models.Config, frames: int, streams: int) -> data.Batch:
+    """Streams of the embedded world; for a frozen decoder features, and a reply to every tenth frame."""
+    if c.lora_rank:
+        features = np.zeros((frames, c.tokens_per_frame, c.vision_hidden_size), np.float32)
+        said = [Turn(frame, "assistant", "A red disc, top left.") for frame in range(9, frames, 10)]
+        samples = [Sample(features, [Turn(0, "user", data.QUERY), *said], n) for n in range(streams)]
+    else:
+        samples = data.World(c.image_size, frames).batch(0, 0, streams)
+    return data.collate(samples, c.tokens_per_frame, Tokenizer(), MASKED[c.masked])
+
+
+def step_flops(c: models.Config, b: data.Batch, optimizers: Sequence[torch.optim.Optimizer],
+               checkpointing: bool = False) -> float:
+    """FLOPs of a training step. Backward costs as much as forward for what is computed, and as much again for
+    weights that learn; with gradient checkpointing, layers go forward twice. Causal attention is half of all
+    pairs. Muon: five times three products a matrix.
+    """
+    B, T = b.tokens.shape
+    width, head = Groups.plan(b.group, c.keep, b.real).width, int((b.labels >= 0).sum()) / B
+    macs = flops(c, [T if r == 1 else width[r] for r in c.keep], b.frames.shape[1], head, c.lora_rank)
+    macs["attention"] /= 2
+    macs["vision"] *= b.frames.dim() == 5  # with features the encoder does not run
+    again = dict.fromkeys(("linears", "attention", "lora"), checkpointing)
+    learnt = dict.fromkeys(("linears", "head"), c.lora_rank == 0)
+    passes = 2 * B * sum((2 + learnt.get(term, True) + again.get(term, 0)) * n for term, n in macs.items())
+    matrices = [sorted(p.shape) for optimizer in optimizers if isinstance(optimizer, torch.optim.Muon)
+                for p in optimizer.param_groups[0]["params"]]
+    return passes + sum(10 * (2 * m * m * n + m**3) for m, n in matrices)
+
+
+def count_peak(action: Callable[[], object], held: Iterable[Tensor] = ()) -> int:
+    """Bytes of `held`, and of what an action reads and makes, alive at its peak"""
+    with Alive() as alive, torch.compiler.set_stance("force_eager"):
+        for t in held:
+            alive.count(t)
+        action()
+    return alive.most
+
+
+def count_memory(c: models.Config, b: data.Batch, checkpointing: bool = False) -> int:
+    """Bytes alive at the peak of a training step, found without taking them."""
+    import train  # what is measured is its step; it imports this module, so here it can come only now
+
+    ready, cfg = train.make_ready(b, c, 1.0, torch.device("cpu")), train.TrainConfig()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = models.build(c)
+        model.gradient_checkpointing, optimizers = checkpointing, train.make_optimizers(model, cfg)
+        step = partial(train.train_step, train.batch_loss, model, optimizers, cfg, ready)
+        return count_peak(lambda: [step(n) for n in (0, 1)], model.parameters())  # the first makes moments
+
+
+def longest(c: models.Config, memory: float) -> int:
+    """Frames of one stream that a training step has room for: each takes as much as any other."""
+    few, more = (count_memory(c, drawn_batch(c, frames, 1)) for frames in (100, 200))
+    return int(100 + (memory - few) / (more - few) * 100)
+
+
+class Profile:
+    """Measures a preset on a device, dense and MoD in turn, and keeps a row of each kind of work."""
+
+    def __init__(self, name: str, device: torch.device, compiled: bool) -> None:
+        if name not in PROFILES:
+            raise ValueError(f"preset must be one of {', '.join(PROFILES)} to be profiled, got {name}")
+        self.config, self.device, self.compiled, self.rows = preset(name), device, compiled, []
+        self.gpu = device.type == "cuda"
+        self.timed = self.gpu or not self.config.lora_rank  # on a CPU, 8B is only counted
+        self.dtype = torch.bfloat16 if self.gpu or self.config.lora_rank else torch.float32
+        self.memory = torch.cuda.get_device_properties(device).total_memory if self.gpu else 141e9
+        self.ceiling = self.measure_ceiling() if self.timed else {}
+
+    def of(self, kind: str, pool: int) -> models.Config:
+        """Dense or routed, with frames of 1 + pool * pool tokens: the same weights fit all."""
+        c = self.config
+        return replace(c, keep=placement("interleaved", c.num_hidden_layers, KINDS[kind]), pool=pool)
+
+    def measure_ceiling(self) -> dict[str, float]:
+        """FLOP/s of a large matrix product, bytes/s of a large copy, the best of all."""
+        n, size = (8192, 2**30) if self.gpu else (2048, 2**27)
+        a, b = (torch.randn(n, n, device=self.device).to(self.dtype) for _ in range(2))
+        source, target = (torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2))
+        taken = self.take_turns({"flops": lambda: a @ b, "bytes": lambda: target.copy_(source)})
+        return {"flops": 2 * n**3 / min(taken["flops"]), "bytes": 2 * size / min(taken["bytes"])}
+
+    def take_turns(self, actions: dict[str, Callable[[], object]], repeats: int = 12) -> dict:
+        """The seconds that each action took, in turn, so that what slows the machine slows them all."""
+        wait, taken = torch.cuda.synchronize if self.gpu else int, {name: [] for name in actions}
+        for _ in range(repeats):
+            for name, action in actions.items():
+                wait()
+                began = time.perf_counter()
+                action()
+                wait()
+                taken[name].append(time.perf_counter() - began)
+        return taken
+
+    def graphs(self) -> dict:
+        """How much was compiled so far"""
+        return torch._dynamo.utils.counters["stats"] if self.compiled else {}
+
+    def add(self, work: str, about: dict, costs: dict[str, dict], actions: dict[str, Callable]) -> None:
+        """Measure and keep a row. costs: kind -> flops and bytes that no implementation can do without"""
+        least = {kind: max(cost[name] / self.ceiling.get(name, 1) for name in ("flops", "bytes"))
+                 for kind, cost in costs.items()}
+        row = {"work": work, **about, **costs, "implied": 1 - least["mod"] / least["dense"]}
+        if actions:
+            self.take_turns(actions, 3)  # to warm up
+            graphs = dict(self.graphs())
+            taken = self.take_turns(actions)
+            row["recompiled"] = graphs != self.graphs()
+            for kind, seconds in taken.items():
+                first, middle, third = quantiles(seconds, n=4)
+                costs[kind] |= {"seconds": middle, "spread": (third - first) / middle / 2,
+                                "of_ceiling": least[kind] / middle}
+            row["saved"] = median(1 - b / a for a, b in zip(taken["dense"], taken["mod"], strict=True))
+        for kind, action in actions.items():
+            if self.gpu:
+                costs[kind] |= self.count_waits(action)
+            elif "peak" not in costs[kind]:
+                costs[kind]["peak"] = count_peak(action)
+        self.rows.append(row)
+        print(*map(str.ljust, cells(row), COLUMNS.values()), sep="", flush=True)
+
+    def count_waits(self, action: Callable[[], object]) -> dict[str, int]:
+        """How often the host waits for the device in it, and the peak of its memory"""
+        torch.cuda.reset_peak_memory_stats()
+        with warnings.catch_warnings(record=True, action="always") as waits:
+            torch.cuda.set_sync_debug_mode("warn")
+            action()
+            torch.cuda.set_sync_debug_mode("default")
+        return {"peak": torch.cuda.max_memory_allocated(), "waits": len(waits)}
+
+    def train(self, pool: int, frames: int, streams: int) -> None:
+        """A training step as train.py takes it, without the making of its batch."""
+        import train
+
+        cfg, kinds, optimizers = train.TrainConfig(), {kind: self.of(kind, pool) for kind in KINDS}, []
+        fits = {kind: longest(c, self.memory) for kind, c in kinds.items()} if self.config.lora_rank else {}
+        frames = frames or int(0.9 * fits["dense"])
+        checkpointing = bool(fits) and frames > fits["dense"]
+        batch, actions = drawn_batch(kinds["mod"], frames, streams), {}
+        about = {"frames": frames, "tokens_per_frame": 1 + pool**2, "streams": streams, "longest": fits,
+                 "gradient_checkpointing": checkpointing}
+
+        def step(kind: str, ready: train.Ready) -> None:
+            model.config = kinds[kind]
+            train.train_step(loss_of, model, optimizers, cfg, ready, 0)
+
+        def make() -> train.Ready:
+            c = kinds["mod"]
+            return train.make_ready(drawn_batch(c, frames, streams), c, 1.0, self.device)
+
+        if self.timed:
+            model = models.build(kinds["mod"], device=self.device)
+            model.gradient_checkpointing = checkpointing
+            optimizers = train.make_optimizers(model, cfg)
+            loss_of = torch.compile(train.batch_loss, fullgraph=True) if self.compiled else train.batch_loss
+            actions = {kind: partial(step, kind, train.make_ready(batch, c, 1.0, self.device))
+                       for kind, c in kinds.items()}
+            about["batch_seconds"] = median(self.take_turns({"batch": make})["batch"])
+        costs = {kind: {"flops": step_flops(c, batch, optimizers, checkpointing), "bytes": 0,
+                        "peak": count_memory(c, batch, checkpointing)} for kind, c in kinds.items()}
+        self.add("train", about, costs, actions)
+
+    def watcher(self, model: VideoLM, kind: str, pool: int, streams: int) -> Watcher:
+        model.config = self.of(kind, pool)
+        return Watcher(model, Tokenizer(), torch.zeros(streams).long())
+
+    def prefill(self, model: VideoLM, pool: int, frames: int) -> None:
+        """A whole stream at once into an empty cache, as features of its frames."""
+        P = 1 + pool**2
+        features = torch.randn(1, frames, P, self.config.vision_hidden_size, device=self.device)
+
+        def fill(kind: str) -> None:
+            watcher = self.watcher(model, kind, pool, 1)
+            watcher.feed([watcher.layout([], frames)], features)
+
+        costs = {}
+        for kind in KINDS:
+            c = self.of(kind, pool)
+            tokens = computed(c.keep, frames, frames, P)
+            macs = flops(c, tokens, frames, 1)
+            passes = sum(macs.values()) - macs["vision"] - macs["attention"] / 2  # causal: half of all pairs
+            costs[kind] = {"flops": 2 * passes, "bytes": 0,
+                           "cache": sum(tokens) // frames * self.row_bytes()}
+        self.add("prefill", {"frames": frames, "tokens_per_frame": P, "streams": 1}, costs,
+                 {kind: partial(fill, kind) for kind in KINDS})
+
+    def row_bytes(self) -> int:
+        """Keys and values of a token in a layer"""
+        return 2 * self.config.num_key_value_heads * self.config.head_dim * self.dtype.itemsize
+
+    def stream(self, model: VideoLM, pool: int, before: int, streams: int) -> None:
+        """One more frame of each stream, as features, after so many tokens."""
+        P, frames, costs, actions = 1 + pool**2, before // (2 + pool**2), {}, {}
+        features = torch.randn(streams, 1, P, self.config.vision_hidden_size, device=self.device)
+        decoder = [model.layers, model.norm, model.lm_head, model.multi_modal_projector]
+        weights = sum(p.numel() for part in decoder for p in part.parameters()) * self.dtype.itemsize
+
+        def see(watcher: Watcher, c: models.Config) -> None:
+            model.config = c
+            watcher.feed([watcher.layout([], 1)] * streams, features)
+
+        for kind in KINDS:
+            watcher = self.watcher(model, kind, pool, streams)
+            c, now = model.config, computed(model.config.keep, 1, 1, P)
+            held = [frames * n for n in now]
+            macs = flops(c, now, 1, 1) | {"vision": 0, "attention": sum(
+                2 * n * (n + m) * c.num_attention_heads * c.head_dim for n, m in zip(now, held, strict=True))}
+            cache = streams * sum(held) * self.row_bytes()
+            if cache > self.memory / 4:
+                return
+            costs[kind] = {"flops": 2 * streams * sum(macs.values()), "bytes": weights + cache,
+                           "cache": sum(now) * self.row_bytes()}
+            preload(watcher, frames)
+            actions[kind] = partial(see, watcher, c)
+        about = {"frames": frames, "tokens_per_frame": P, "streams": streams, "before": before}
+        self.add("stream", about, costs, actions)
+
+
+def preload(watcher: Watcher, frames: int) -> None:
+    """Fill the cache as if so many frames had been watched; keys and values are drawn."""
+    tokens = watcher.model.config.tokens_per_frame + 1
+    id = torch.arange(frames).repeat_interleave(tokens)
+    id[tokens - 1 :: tokens] = -1  # <frame>
+    groups = Groups.plan(id.expand(watcher.streams, -1), watcher.model.config.keep)
+    watcher.cache.advance(groups.to(watcher.device))
+    watcher.group = frames
+    for layer, (k, v, position) in enumerate(watcher.cache.rows):
+        n = watcher.cache.length[layer]
+        k.normal_(), v.normal_()
+        position[:, :, :n] = torch.arange(n, device=watcher.device)[:, None]
+        watcher.cache.used[layer] = n
+
+
+def profile(name: str, device: torch.device, compiled: bool) -> None:
+    """The whole measurement of a preset -> results/profile-NAME-DEVICE.json"""
+    p = Profile(name, device, compiled)
+    steps, prefills, pools, contexts, streams = PROFILES[name]
+    about = {"preset": name, "device": torch.cuda.get_device_name() if p.gpu else platform.machine(),
+             "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": str(p.dtype),
+             "compiled": compiled, "ceiling": p.ceiling}
+    print("\n".join(f"{key}: {value}" for key, value in about.items()))
+    print(*map(str.ljust, COLUMNS, COLUMNS.values()), sep="")
+    for work in steps:
+        try:
+            p.train(*work)
+        except torch.OutOfMemoryError:  # the rest can be measured all the same
+            print(f"train {work}: out of memory")
+    if p.timed:
+        model = models.build(replace(p.config, keep=p.of("mod", 1).keep, lora_rank=0), device=device)
+        model = model.to(p.dtype).eval()
+        if compiled:
+            model.decode = torch.compile(model.decode, fullgraph=True, dynamic=True)
+        for work in prefills:
+            p.prefill(model, *work)
+        for work in itertools.product(pools, contexts, streams):
+            p.stream(model, *work)
+    print("\n".join(textwrap.fill(remark(row), 80, subsequent_indent="  ") for row in p.rows
+                    if row["work"] != "stream"))
+    file = Path(__file__).parent / "results" / f"profile-{name}-{device.type}.json"
+    write_json(file, about | {"rows": p.rows})
+    print(f"written to {file}")
+
+
+COLUMNS = {"work": 8, "F x P x streams": 16, "dense": 9, "MoD": 9, "saved": 7, "implied": 8, "realised": 9,
+           "ceiling": 8, "peak": 6}  # of a profile, and their widths on the screen
+SHAPE = "{frames} x {tokens_per_frame} x {streams}"
+
+
+def cells(row: dict) -> list[str]:
+    """Under COLUMNS: seconds, what MoD saves of them, that over what the FLOPs imply, peak memory saved"""
+    kinds, shape = (row["dense"], row["mod"]), SHAPE.format(**row)
+    taken = ["-"] * 6
+    if "saved" in row:
+        taken = [*(f"{1000 * kind['seconds']:.4g} ms" for kind in kinds), f"{row['saved']:.1%}", "",
+                 f"{row['saved'] / row['implied']:.0%}", f"{kinds[1]['of_ceiling']:.0%}"]
+    taken[3] = f"{row['implied']:.1%}"
+    return [row["work"], shape, *taken, f"{1 - kinds[1]['peak'] / kinds[0]['peak']:.0%}"]
+
+
+def remark(row: dict) -> str:
+    """What else there is to say of work on whole streams"""
+    kinds, shape = (row["dense"], row["mod"]), SHAPE.format(**row)
+    said = ["peak memory {:.2f} GB, MoD {:.2f} GB".format(*(kind["peak"] / 1e9 for kind in kinds))]
+    if row.get("gradient_checkpointing"):
+        said[0] += " (with gradient checkpointing)"
+    elif row.get("longest"):
+        said.append("longest stream {:,} frames, MoD {:,}".format(*row["longest"].values()))
+    if "batch_seconds" in row:
+        said.append(f"making a batch: {row['batch_seconds'] / kinds[1]['seconds']:.1%} of a MoD step")
+    if row["work"] == "prefill":
+        said.append("cache {:.1f} kB a frame, MoD {:.1f} kB".format(*(kind["cache"] / 1e3 for kind in kinds)))
+    return f"{row['work']} {shape}: {'; '.join(said)}"
+
+
 # --- command line -------------------------------------------------------------------------------------------
 
 
@@ -599,12 +960,15 @@ class EvalConfig:
     watch: str = opt("", "video to narrate live instead")
     flops: bool = opt(False, "print the papers' cost tables instead")
     arank: bool = opt(False, "rank the layers of a dense run instead (gamma-MoD)")
+    profile: bool = opt(False, "measure speed and memory, dense beside MoD, at the sizes of --preset instead")
+    preset: str = opt("tiny", f"with --profile: {', '.join(PROFILES)}")
     table: bool = opt(False, "print the tables of results/, or of the folder of runs RUN and write RUN.json")
     merge: str = opt("", "folder for the same run with its adapters merged into the weights")
     streams: int = opt(64, "held-out streams to evaluate on")
     threshold: float = opt(0.0, "speak where silence is less likely than this (theta of VideoLLM-online)")
     query: str = opt(data.QUERY, "with --watch: what to ask before the first frame")
     window: int = opt(0, "with --watch: frames to remember, 0: all")
+    compile: bool = opt(False, "with --watch or --profile: compile the model")
     partial: bool = opt(False, "with --watch: use what can be decoded of a damaged video")
     device: str = opt("", "cpu or cuda (default: cuda where there is one)")
 
@@ -618,6 +982,8 @@ def main(argv: list[str] | None = None) -> None:
     cfg, _ = models.parse(EvalConfig, argv, __doc__)
     if cfg.flops:
         return print_cost()
+    if cfg.profile:
+        return profile(cfg.preset, models.pick_device(cfg.device), cfg.compile)
     if cfg.table:
         return print_tables(cfg.run)
     folder = Path(cfg.run) if cfg.run else data.newest_run()
@@ -630,6 +996,8 @@ def main(argv: list[str] | None = None) -> None:
         models.save(Path(cfg.merge), models.merge(model))
         write_json(Path(cfg.merge) / "train.json", trained)
         return print(f"{cfg.merge}: {folder} without adapters")
+    if cfg.compile:
+        model.decode = torch.compile(model.decode, fullgraph=True, dynamic=True)
     if cfg.watch:
         watcher = Watcher(model, tokenizer, torch.zeros(1).long(), cfg.threshold, cfg.window or None)
         video = data.read_video(Path(cfg.watch), trained["fps"], model.config.image_size, cfg.partial)

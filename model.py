@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mod
 from mod import GATES, MASKED, PADDING, Groups, Router, take
@@ -115,9 +116,15 @@ class Config:
         return "" if name.startswith(("multi_modal", "routers", "new_")) or "lora_" in name else self.llm
 
     def frozen(self, name: str) -> bool:
-        """Is a weight as it is in its pretrained folder, whatever is learnt?"""
-        learnt = self.train_vision if name.startswith("vision_model.") else self.lora_rank == 0
-        return self.folder_of(name) != "" and not learnt
+        """Does a weight stay as it was read or drawn, whatever is learnt?"""
+        if name.startswith("vision_model."):
+            return self.vision != "" and not self.train_vision
+        added = name.startswith(("multi_modal", "routers", "new_")) or "lora_" in name
+        return self.lora_rank > 0 and not added
+
+    def borrowed(self, name: str) -> bool:
+        """Does a run leave a weight in its pretrained folder?"""
+        return self.frozen(name) and self.folder_of(name) != ""
 
 
 def check_fields(config: object, may_be_zero: tuple[str, ...] = ()) -> None:
@@ -134,9 +141,9 @@ def check_fields(config: object, may_be_zero: tuple[str, ...] = ()) -> None:
             raise ValueError(f"{f.name} must be {least} 0 and below 2**31, got {str(value)[:60]}")
 
 
-LARGE = Config(  # what the 7B models share: 32 layers of width 4096 and a ViT-L
+LARGE = Config(  # what the 7B models share: 32 layers of width 4096, of which adapters learn, and a ViT-L
     hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, head_dim=128, keep=(1.0,) * 32,
-    vision_hidden_size=1024, vision_intermediate_size=4096, vision_layers=24, vision_heads=16)
+    lora_rank=128, vision_hidden_size=1024, vision_intermediate_size=4096, vision_layers=24, vision_heads=16)
 PRESETS = {
     "tiny": Config(),
     "deep": Config(num_hidden_layers=8, keep=(1.0,) * 8),  # of --task vqa
@@ -337,14 +344,17 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, position: Tensor, rope: Tensor, remember: Callable | None) -> Tensor:
         B, K, _ = x.shape
         q, k, v = self.heads(x, rope)
-        mask, now = None, position[:, None, :, None]  # (B, 1, K, 1)
-        seen = now
-        if remember:
-            k, v, seen = remember(k, v, now)  # (B, G, L, d) twice, (B, 1, L, 1)
-        if remember or self.window:
+        now = position[:, None, :, None]  # (B, 1, K, 1)
+        past = remember(k, v, now) if remember else None
+        if not past and not self.window:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, K, d)
+        else:
+            k, v, seen = past or (k, v, now)  # (B, G, L, d) twice, (B, 1, L, 1)
             mask = seen.mT <= now  # (B, 1, K, L)
             mask = mask & (seen.mT > now - self.window) if self.window else mask
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            n = q.shape[1] // k.shape[1]  # heads that share keys become one, so that these are read once
+            q, mask = q.reshape(B, -1, n * K, self.head_dim), mask.repeat(1, 1, n, 1)  # (B, G, nK, d)
+            out = F.scaled_dot_product_attention(q, k, v, mask).view(B, -1, K, self.head_dim)
         return self.o_proj(out.transpose(1, 2).reshape(B, K, -1))
 
 
@@ -388,6 +398,7 @@ class VideoLM(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = c = config
+        self.gradient_checkpointing = False  # True: a backward pass computes the inside of layers again
         self.vision_model, self.multi_modal_projector = VisionModel(c), Projector(c)
         known = c.vocab_size - c.new_tokens
         self.embed_tokens = nn.Embedding(known, c.hidden_size)
@@ -422,21 +433,33 @@ class VideoLM(nn.Module):
         x = self.embed(tokens, frames)  # (B, T, D)
         start = cache.advance(groups) if cache else 0  # (B, 1)
         position = (start + torch.arange(T, device=tokens.device)).expand(B, T).where(groups.real, PADDING)
-        c = self.config
+        return self.decode(x, position, groups, tokens.new_zeros(B) if seed is None else seed, cache)
+
+    def decode(self, x: Tensor, position: Tensor, groups: Groups, seed: Tensor,
+               cache: "Cache | None" = None) -> Output:
+        """All layers. x: (B, T, D), position: (B, T). Nothing in it waits for the device."""
+        c, keep, score = self.config, {}, {}
         rope = rotations(position, c.head_dim, c.rope_theta, c.rope_scaling).to(x.dtype)
-        seed = tokens.new_zeros(B) if seed is None else seed
-        keep, scores = {}, {}
-        for layer, (block, r) in enumerate(zip(self.layers, c.keep, strict=True)):
-            if cache:
-                block = partial(block, remember=partial(cache.append, layer))
-            if r == 1:  # nothing is chosen, so nothing is weighed
-                x = block(x, position, rope)
-            else:
-                score, gate = self.score(layer, x, groups, position, seed), torch.ones_like
-                if r > 0 and self.router_of(layer):
-                    scores[layer], gate = score, GATES[c.gate]
-                x, keep[layer] = mod.routed_update(block, x, score, groups, r, gate, position, rope)
-        return Output(x, keep, scores)
+        again = self.gradient_checkpointing and self.training
+        compute = partial(checkpoint, self.compute, use_reentrant=False) if again else self.compute
+        for layer in range(len(self.layers)):
+            x, keep[layer], score[layer] = compute(layer, x, position, rope, groups, seed, cache)
+        keep, score = ({layer: t for layer, t in of.items() if t is not None} for of in (keep, score))
+        return Output(x, keep, score)
+
+    def compute(self, layer: int, x: Tensor, position: Tensor, rope: Tensor, groups: Groups, seed: Tensor,
+                cache: "Cache | None") -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """One layer, dense or routed -> x (B, T, D), keep and score (B, T); None: there is no such thing"""
+        r, block, gate = self.config.keep[layer], self.layers[layer], torch.ones_like
+        if cache:
+            block = partial(block, remember=partial(cache.append, layer))
+        if r == 1:  # nothing is chosen, so nothing is weighed
+            return block(x, position, rope), None, None
+        score = self.score(layer, x, groups, position, seed)
+        if learned := r > 0 and self.router_of(layer) != "":
+            gate = GATES[self.config.gate]
+        x, keep = mod.routed_update(block, x, score, groups, r, gate, position, rope)
+        return x, keep, score if learned else None
 
     def embed(self, tokens: Tensor, frames: Tensor) -> Tensor:
         """Text from the embedding table, the vision tokens of the frames in order at the places marked -1."""
@@ -487,16 +510,16 @@ def layer_ranks(model: VideoLM, tokens: Tensor, frames: Tensor, real: Tensor, so
     return torch.stack(ranks, dim=1)
 
 
-def streaming_loss(model: VideoLM, hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+def streaming_loss(model: VideoLM, hidden: Tensor, at: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """sum of w * cross-entropy over the labelled positions / their number.    Eq. 1 of VideoLLM-MoD
 
-    hidden: (B, T, D);  labels: (B, T) int64 on the host, the token to predict there, -100: none
-    weight: (B, T) float on the host, 1 on replies, sigma on the decisions to speak or stay silent
+    hidden: (B, T, D);  at: (M,) int64, the labelled ones among the B * T: only there logits are computed
+    target: (M,) int64, the token to predict there
+    weight: (M,) float, 1 on replies, sigma on the decisions to speak or stay silent
     """
-    at = (labels.flatten() >= 0).nonzero()[:, 0]  # (M,) found on the host, so that the device need not wait
-    target, w, rows = (t.to(hidden.device) for t in (labels.flatten()[at], weight.flatten()[at], at))
-    logits = model.logits(hidden.flatten(0, 1)[rows])  # (M, vocabulary)
-    return (w * F.cross_entropy(logits.float(), target, reduction="none")).sum() / max(1, len(at))
+    logits = model.logits(hidden.flatten(0, 1)[at])  # (M, vocabulary)
+    loss = F.cross_entropy(logits.float(), target, reduction="none")  # (M,)
+    return (weight * loss).sum() / max(1, len(at))
 
 
 @torch.no_grad()
@@ -505,7 +528,8 @@ def initialise(model: VideoLM, seed: int, names: Collection[str] | None = None) 
 
     names: of those to draw, None: all. New tokens begin as the mean of the known ones, LoRA as no change.
     """
-    generator, outputs = torch.Generator().manual_seed(seed), ("o_proj", "down_proj", "out_proj", "fc2")
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    outputs = ("o_proj", "down_proj", "out_proj", "fc2")
     known = {"new_embeddings": model.embed_tokens.weight, "new_head": model.lm_head.weight}
     for name, p in model.named_parameters():
         if names is not None and name not in names:
@@ -531,20 +555,26 @@ def initialise(model: VideoLM, seed: int, names: Collection[str] | None = None) 
 class Cache:
     """Keys and values of B streams. Each layer holds only the tokens that it computed.
 
-    Where streams differ in how many those are, or a late token skips, the rest is rows of position PADDING.
-    A position comes from one counter a stream, never from the length of a layer, and stays with its token. So
-    one rule serves full, routed and evicted layers, streams of any length: a query sees what is not later.
+    A layer has room for more rows than it uses, so that shapes change seldom; unused rows have the position
+    PADDING, as has what is no token where streams differ, or where a late token skips. A position comes from
+    one counter a stream, never from the length of a layer, and stays with its token. So one rule serves full,
+    routed and evicted layers, streams of any length: a query sees what is not later.
     Within a stream, group ids must grow from chunk to chunk.
     window: None, or W: the first text stays, and the last W frames, each with the text that follows it
     """
 
-    def __init__(self, config: Config, streams: int = 1, window: int | None = None,
-                 device: torch.device | str = "cpu"):
+    step = 64  # room grows in steps of so many rows
+
+    def __init__(self, model: VideoLM, streams: int = 1, window: int | None = None):
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1 frame, got {window}")
-        self.rows: list[tuple[Tensor, ...]] = [()] * config.num_hidden_layers  # k, v, position; room for more
-        self.length = [0] * config.num_hidden_layers  # rows in use
-        self.seen = torch.zeros(streams, 1, dtype=torch.int64, device=device)  # tokens so far
+        c, weight = model.config, model.embed_tokens.weight
+        none = weight.new_empty(streams, c.num_key_value_heads, 0, c.head_dim)
+        self.keep, self.seen = c.keep, weight.new_zeros(streams, 1, dtype=torch.int64)  # tokens so far
+        self.rows = [(none, none, self.seen[:, None, :0, None]) for _ in c.keep]  # k, v, position, with room
+        self.length = [0] * len(c.keep)  # rows in use
+        self.begun = [False] * len(c.keep)  # were there any before this chunk?
+        self.used = self.seen.new_zeros(len(c.keep))  # rows in use, as the device knows it
         self.last_group = torch.full_like(self.seen, -1)
         self.first_text = torch.full_like(self.seen, PADDING)  # its length, once the first frame is there
         self.starts = None if window is None else self.seen.expand(streams, window)  # of the last W frames
@@ -558,6 +588,8 @@ class Cache:
             self.slide(groups.id, start)
         self.last_group = torch.maximum(self.last_group, groups.id.amax(1, keepdim=True))
         self.seen = start + groups.real.sum(1, keepdim=True)
+        for layer, r in enumerate(self.keep):
+            self.reserve(layer, groups.id.shape[1] if r == 1 else groups.width[r])
         return start
 
     def slide(self, id: Tensor, start: Tensor) -> None:
@@ -568,29 +600,36 @@ class Cache:
         self.first_text = torch.minimum(self.first_text, start.where(gets_one, PADDING))
         self.starts = torch.cat([self.starts[:, 1:], start], dim=1).where(gets_one, self.starts)  # (B, W)
         oldest = self.starts[:, :1]
-        for layer, rows in enumerate(self.rows if bool((oldest > self.first_text).any()) else ()):
-            if not rows:
-                continue
-            k, v, position = (t[:, :, : self.length[layer]] for t in rows)
-            at = position[:, 0, :, 0]  # (B, L)
+        for layer, (k, v, position) in enumerate(self.rows if bool((oldest > self.first_text).any()) else ()):
+            at = position[:, 0, :, 0]  # (B, room)
             stay = ((at < self.first_text) | (at >= oldest)) & (at < PADDING)
-            index = (~stay).int().argsort(dim=1, stable=True)[:, : int(stay.sum(1).max())]  # (B, L')
-            held = (k, v, position.where(stay[:, None, :, None], PADDING))
-            self.length[layer] = 0
-            self.append(layer, *(take(t.transpose(1, 2), index).transpose(1, 2) for t in held))
+            self.length[layer] = n = int(stay.sum(1).max())
+            index = (~stay).int().argsort(dim=1, stable=True)[:, :n]  # (B, n)
+            position.masked_fill_(~stay[:, None, :, None], PADDING)
+            for t in (k, v, position):
+                t[:, :, :n] = take(t.transpose(1, 2), index).transpose(1, 2)
+            position[:, :, n:] = PADDING
+            self.used[layer] = n
 
-    def append(self, layer: int, k: Tensor, v: Tensor, position: Tensor) -> list[Tensor]:
-        """k, v: (B, G, K, d), position: (B, 1, K, 1) of what a layer computed -> the same of all it holds"""
-        n, total = self.length[layer], self.length[layer] + k.shape[2]
-        if not self.rows[layer] or total > self.rows[layer][0].shape[2]:  # seldom: the room doubles
-            room = tuple(t.new_empty(*t.shape[:2], max(2 * total, 64), t.shape[3]) for t in (k, v, position))
-            for new, old in zip(room, self.rows[layer], strict=False):
-                new[:, :, :n] = old[:, :, :n]
-            self.rows[layer] = room
+    def reserve(self, layer: int, more: int) -> None:
+        """Count in the rows that a layer is about to append. Where there is no room for them, it grows."""
+        self.begun[layer] = self.length[layer] > 0
+        self.length[layer] += more
+        room = self.rows[layer][0].shape[2]
+        if self.length[layer] > room:  # by an eighth at least, for that is read and copied in vain
+            more = -(-max(self.length[layer], room * 9 // 8) // self.step) * self.step - room
+            self.rows[layer] = tuple(F.pad(t, (0, 0, 0, more), value=value) for t, value in
+                                     zip(self.rows[layer], (0, 0, PADDING), strict=True))
+
+    def append(self, layer: int, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, ...] | None:
+        """k, v: (B, G, K, d), position: (B, 1, K, 1) of what a layer computed -> the same of all it holds,
+        None: these are all
+        """
+        at = self.used[layer] + torch.arange(k.shape[2], device=k.device)
         for held, new in zip(self.rows[layer], (k, v, position), strict=True):
-            held[:, :, n:total] = new
-        self.length[layer] = total
-        return [t[:, :, :total] for t in self.rows[layer]]
+            held.index_copy_(2, at, new)
+        self.used[layer] += k.shape[2]
+        return self.rows[layer] if self.begun[layer] else None
 
 
 # --- pretrained folders -------------------------------------------------------------------------------------
@@ -679,11 +718,13 @@ def skeleton(config: Config) -> VideoLM:
         raise ValueError(f"config must be of a model that can be held, got {str(error)[:99]}") from None
 
 
-def build(config: Config, seed: int = 0, weights: dict[str, Tensor] | None = None) -> VideoLM:
+def build(config: Config, seed: int = 0, weights: dict[str, Tensor] | None = None,
+          device: torch.device | str = "cpu") -> VideoLM:
     """A model of another run's weights, of pretrained ones as their files have them, the rest drawn."""
     model, weights = skeleton(config), weights or {}
     borrow(model, lambda name: config.folder_of(name) and name not in weights)
-    new = {name: torch.empty_like(p, device="cpu") for name, p in model.named_parameters() if p.is_meta}
+    new = {name: torch.empty_like(p, device=device, dtype=torch.bfloat16 if config.frozen(name) else p.dtype)
+           for name, p in model.named_parameters() if p.is_meta}
     assign(model, new)
     initialise(model, seed, new.keys())
     assign(model, {name: t for name, t in weights.items() if name in own(model)})
@@ -767,7 +808,7 @@ def own(model: VideoLM) -> dict[str, Tensor]:
 
 def learnt(model: VideoLM) -> dict[str, Tensor]:
     """What a run saves: all weights but those that are as they are in the pretrained folders."""
-    return {name: t for name, t in own(model).items() if not model.config.frozen(name)}
+    return {name: t for name, t in own(model).items() if not model.config.borrowed(name)}
 
 
 def save(folder: Path, model: VideoLM, weights: dict[str, Tensor] | None = None, step: int = 0) -> None:
@@ -812,7 +853,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> VideoLM:
     """Rebuild the model of a run folder. Raises ValueError, naming the file, where something does not fit."""
     config = read_config(folder)
     model = skeleton(config)
-    borrow(model, config.frozen)
+    borrow(model, config.borrowed)
     found = read_weights(folder / "model.safetensors")[0]
     fill(model, folder, found, learnt(model).keys())
     return model.to(device)

@@ -17,9 +17,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,8 +38,8 @@ import data
 import mod
 import model as models
 from data import Tokenizer
-from eval import encode_once, ranks_of, report
-from mod import GATES, MASKED, PLACEMENTS, Groups, check_keep_ratio, flops, placement
+from eval import encode_once, ranks_of, report, step_flops
+from mod import GATES, MASKED, PLACEMENTS, Groups, check_keep_ratio, placement
 from model import Config, VideoLM, check_fields, opt, streaming_loss, write, write_json
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
@@ -87,6 +90,8 @@ class TrainConfig:
     streams: int = opt(64, "held-out streams to evaluate on at the end")
     device: str = opt("", "cpu or cuda (default: cuda where there is one)")
     shard: bool = opt(False, "with torchrun: share the weights out among the GPUs, do not replicate them")
+    gradient_checkpointing: bool = opt(False, "compute the inside of layers again for their gradients: less "
+                                              "memory, more time")
     compile: bool = opt(False, "compile the model for training")
     resume: bool = opt(False, "go on with the run in --out")
 
@@ -129,7 +134,8 @@ def build(cfg: TrainConfig) -> VideoLM:
     routed = replace(sizes, keep=keep, router=cfg.router, gate=cfg.gate, masked=cfg.masked)
     model = models.build(routed, cfg.seed, donor and donor.state_dict())
     # What learns does so in float32: in bfloat16, most updates of a weight are rounded away.
-    models.assign(model, {name: t.float() for name, t in models.learnt(model).items()})
+    models.assign(model, {name: t.float() for name, t in models.own(model).items()
+                          if not routed.frozen(name)})
     return model
 
 
@@ -146,13 +152,13 @@ def start(cfg: TrainConfig) -> Config:
 def make_optimizers(model: VideoLM, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of blocks and projector; AdamW for embeddings, head, norms, biases, routers.
 
-    AdamW for what is pretrained, and for all with a pretrained decoder, as in the paper.
+    AdamW for what is pretrained, and for all with a pretrained decoder or adapters, as in the paper.
     """
     c, hidden, rest = model.config, [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
             muon = p.dim() == 2 and ("layers." in name or "projector" in name)
-            (hidden if muon and not c.llm and not c.folder_of(name) else rest).append(p)
+            (hidden if muon and not (c.llm or c.lora_rank or c.folder_of(name)) else rest).append(p)
     adam = torch.optim.AdamW(rest, lr=cfg.adam_lr, weight_decay=0.0, fused=rest[0].is_cuda)
     optimizers = [torch.optim.Muon(hidden, lr=cfg.muon_lr, weight_decay=0.0), adam] if hidden else [adam]
     for optimizer in optimizers:
@@ -185,40 +191,74 @@ def over_all(numbers: Tensor) -> Tensor:
     return numbers
 
 
-def batch_loss(model: VideoLM, cfg: TrainConfig, b: data.Batch) -> Tensor:
-    """The loss of a batch, in bf16 where that is fast; of a part of a batch, its share of the whole's."""
+class Ready(NamedTuple):
+    """A batch as its loss wants it: planned on the host, then moved to the device."""
+
+    tokens: Tensor  # (B, T) int64, and so on, the arguments of VideoLM.forward
+    frames: Tensor
+    groups: Groups
+    seed: Tensor
+    at: Tensor  # (M,) int64, and so on, those of streaming_loss
+    target: Tensor
+    weight: Tensor
+    counts: Tensor  # (3,) float64, on the host: labels, tokens that compete, tokens
+
+
+def make_ready(b: data.Batch, config: Config, sigma: float, device: torch.device) -> Ready:
+    groups, labels = Groups.plan(b.group, config.keep, b.real).to(device), b.labels.flatten()
+    at = (labels >= 0).nonzero()[:, 0]
+    weight = torch.where(b.decision.flatten()[at], sigma, 1.0)
+    counts = torch.stack([(labels >= 0).sum(), (b.group >= 0).sum(), b.real.sum()]).double()
+    tokens, frames, seed, at, target, weight = (
+        t.to(device) for t in (b.tokens, b.frames, b.seed, at, labels[at], weight))
+    return Ready(tokens, frames, groups, seed, at, target, weight, counts)
+
+
+def ahead(make: Callable[[int], Ready], steps: Iterable[int]) -> Iterator[Ready]:
+    """What `make` makes for each step, always the next one in a thread while the last is used."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = None
+        for step in [*steps, None]:
+            ready, coming = coming, None if step is None else thread.submit(make, step)
+            if ready:
+                yield ready.result()
+
+
+def batch_loss(model: VideoLM, b: Ready, share: Tensor, routing_loss: float) -> Tensor:
+    """The loss of a batch, in bf16 where that is fast; of a part of a batch, its share of the whole's.
+
+    share: (2,) of all labels in the whole batch, and of all tokens that compete
+    """
     weight = model.lm_head.weight
-    groups = Groups.plan(b.group, model.config.keep, b.real).to(weight.device)
-    counts = torch.stack([(b.labels >= 0).sum(), (b.group >= 0).sum()]).double()  # on the host
-    told, competing = (counts / over_all(counts.clone()).clamp(min=1)).tolist()  # 1 in a single process
     fast = weight.is_cuda and weight.dtype == torch.float32
     with torch.autocast(weight.device.type, torch.bfloat16, enabled=fast):
-        out = model(b.tokens.to(weight.device), b.frames.to(weight.device), groups, b.seed.to(weight.device))
-        loss = told * streaming_loss(model, out.hidden, b.labels, torch.where(b.decision, cfg.sigma, 1.0))
+        out = model(b.tokens, b.frames, b.groups, b.seed)
+        loss = share[0] * streaming_loss(model, out.hidden, b.at, b.target, b.weight)
         for layer, score in out.score.items():  # summed over layers, as in the code of gamma-MoD
-            loss = loss + cfg.routing_loss * competing * mod.routing_loss(score, out.keep[layer], groups)
+            loss = loss + routing_loss * share[1] * mod.routing_loss(score, out.keep[layer], b.groups)
         return loss
 
 
-def train_step(model: VideoLM, optimizers: list, cfg: TrainConfig, b: data.Batch, step: int) -> dict:
-    """One update on a batch -> the numbers of its log line. Raises ValueError if the loss is not finite."""
+def train_step(loss_of: Callable[..., Tensor], model: VideoLM, optimizers: list, cfg: TrainConfig, b: Ready,
+               step: int) -> Tensor:
+    """One update on a batch -> (2,) its loss and the norm of the gradient. The host waits for nothing.
+
+    loss_of: batch_loss, or the same compiled
+    """
     torch.manual_seed((cfg.seed << 24) + (step << 8) + RANK)  # of dropout
-    loss = batch_loss(model, cfg, b)
+    share = b.counts / over_all(b.counts.clone()).clamp(min=1)  # 1 in a single process
+    loss = loss_of(model, b, share[:2].float().to(b.tokens.device, non_blocking=True), cfg.routing_loss)
     (loss * (RANKS if cfg.shard else 1)).backward()  # fully_shard takes the mean of the gradients
     learnt = [p for p in model.parameters() if p.grad is not None]
     for p in () if cfg.shard else learnt:
         over_all(p.grad)
     norm = whole(clip_grad_norm_(learnt, cfg.clip))
-    loss = over_all(loss.detach())
-    if not loss.isfinite() or not norm.isfinite():
-        raise ValueError(f"loss and gradient must stay finite, got {loss} and norm {norm} at step {step}")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, cfg)
         optimizer.step()
         optimizer.zero_grad()
-    tokens = int(over_all(b.real.sum()))
-    return {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "tokens": tokens}
+    return torch.stack([over_all(loss.detach()), norm])
 
 
 def checkpoint(folder: Path, model: VideoLM, optimizers: list, step: int) -> None:
@@ -267,7 +307,8 @@ def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
     for name, other in NEEDS.items():
         if name in given and not getattr(cfg, other) and not cfg.resume:
             raise ValueError(f"{name} must be given with {other}, got no {other}")
-    if cfg.llm or cfg.train_vision or (cfg.init and models.read_config(Path(cfg.init)).llm):
+    begins = models.read_config(Path(cfg.init)) if cfg.init else models.preset(cfg.preset)
+    if cfg.llm or cfg.train_vision or begins.llm or begins.lora_rank:
         usual = usual | PRETRAINED_DEFAULTS
     cfg = replace(cfg, **{name: value for name, value in usual.items() if name not in fixed})
     paths = {name: getattr(cfg, name) for name in ("data", "llm", "vision")}  # the same from any folder
@@ -289,26 +330,17 @@ def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
     return replace(began, **free)
 
 
-def first_line(cfg: TrainConfig, model: VideoLM, b: data.Batch) -> dict:
+def first_line(cfg: TrainConfig, model: VideoLM, optimizers: list, b: data.Batch) -> dict:
     """What tells this run from another: command, settings, code, versions, machine; and what a step costs."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    c, without = model.config, (1.0,) * model.config.num_hidden_layers
+    routed, dense = (step_flops(replace(c, keep=keep), b, optimizers) for keep in (c.keep, without))
     return {"argv": sys.argv[1:], **asdict(cfg), "commit": commit, "torch": torch.__version__,
             "python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count(),
             "parameters": sum(p.numel() for p in model.parameters()), "placement": model.config.keep,
             "learnt": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "flops_of_dense": share_of_dense(model, b), "processes": RANKS}
-
-
-def share_of_dense(model: VideoLM, b: data.Batch) -> float:
-    """FLOPs of a step on this batch, by formula, over those of the dense model."""
-    c, T, F = model.config, b.tokens.shape[1], b.frames.shape[1]
-    width, head = Groups.plan(b.group, c.keep, b.real).width, int((b.labels >= 0).sum()) // len(b.labels)
-    tokens = [T if r == 1 else width[r] for r in c.keep]
-    costs = [flops(c, n, F, head, c.lora_rank) for n in (tokens, [T] * len(tokens))]
-    known = b.frames.dim() == 4  # features: the encoder does not run
-    routed, dense = (sum(cost.values()) - known * cost["vision"] for cost in costs)
-    return round(routed / dense, 4)
+            "flops_of_dense": round(routed / dense, 4), "processes": RANKS}
 
 
 def learn(cfg: TrainConfig, device: torch.device) -> data.Source:
@@ -322,11 +354,11 @@ def learn(cfg: TrainConfig, device: torch.device) -> data.Source:
     optimizers = make_optimizers(model, cfg)
     start = resume(folder, optimizers) if cfg.resume else 0
 
-    def batch(step: int) -> data.Batch:
+    def collated(step: int) -> data.Batch:
         samples = source.batch(cfg.seed, step, cfg.batch, RANK, RANKS)
         return data.collate(samples, model.config.tokens_per_frame, tokenizer, MASKED[model.config.masked])
 
-    first = first_line(cfg, model, batch(0))
+    first = first_line(cfg, model, optimizers, collated(0))
     if RANK == 0:
         print(f"{folder}: {first['parameters']:,} parameters, {first['learnt']:,} learnt, on {device}\n"
               f"keep {', '.join(f'{r:g}' for r in model.config.keep)}\n"
@@ -337,15 +369,23 @@ def learn(cfg: TrainConfig, device: torch.device) -> data.Source:
             write_json(folder / "train.json", asdict(cfg))
             write(folder / "log.jsonl", lambda path: path.write_text(json.dumps(first) + "\n"))
         checkpoint(folder, model, optimizers, 0)  # from here on it is a run
-    stepped = torch.compile(model) if cfg.compile else model  # the same parameters
+    model.gradient_checkpointing = cfg.gradient_checkpointing
+    loss_of = torch.compile(batch_loss, fullgraph=not cfg.shard) if cfg.compile else batch_loss
+    beside = ahead if device.type == "cuda" else map  # on a CPU there is nothing to work beside
+    batches = beside(lambda step: make_ready(collated(step), model.config, cfg.sigma, device),
+                     range(start, cfg.steps))
     with open(folder / "log.jsonl" if RANK == 0 else os.devnull, "a") as log:
         bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, ncols=80, disable=RANK > 0)
         for step in bar:
             began = time.perf_counter()
-            numbers = train_step(stepped, optimizers, cfg, batch(step), step)
-            numbers["seconds"] = round(time.perf_counter() - began, 4)
-            print(json.dumps(numbers), file=log, flush=True)
-            bar.set_postfix_str(f"loss {numbers['loss']:.3f}, {1000 * numbers['seconds']:.0f} ms a step")
+            b = next(batches)
+            loss, norm = train_step(loss_of, model, optimizers, cfg, b, step).tolist()
+            if not math.isfinite(loss + norm):
+                raise ValueError(f"loss and gradient must stay finite, got {loss}, {norm} at step {step}")
+            seconds, tokens = round(time.perf_counter() - began, 4), int(over_all(b.counts.clone())[2])
+            print(json.dumps({"step": step, "loss": loss, "grad_norm": norm, "tokens": tokens,
+                              "seconds": seconds}), file=log, flush=True)
+            bar.set_postfix_str(f"loss {loss:.3f}, {1000 * seconds:.0f} ms a step")
             if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                 checkpoint(folder, model, optimizers, step + 1)
     return source

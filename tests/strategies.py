@@ -73,8 +73,9 @@ def tiny(keep: tuple[float, ...], seed: int, device: str, **chosen) -> VideoLM:
     """A VideoLM in float64; its parameters want no gradient."""
     config = Config(
         keep=keep, num_hidden_layers=len(keep), hidden_size=16, intermediate_size=24, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, vocab_size=23, image_size=8, patch_size=4, vision_hidden_size=8,
-        vision_intermediate_size=16, vision_layers=1, vision_heads=2, **{"pool": 2} | chosen)
+        num_key_value_heads=1, head_dim=8, image_size=8, patch_size=4, vision_hidden_size=8,
+        vision_intermediate_size=16, vision_layers=1, vision_heads=2,
+        **{"pool": 2, "vocab_size": 23} | chosen)
     return initialise(VideoLM(config), seed).double().requires_grad_(False).to(device)
 
 

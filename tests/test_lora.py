@@ -47,8 +47,9 @@ def test_a_step_changes_the_adapters_the_router_the_projector_and_the_new_tokens
     tokenizer = Special(96, [])
     tokenizer.encode = lambda text: [5] * len(text.split())
     batch = collate(world.batch(0, 0, 2), net.config.tokens_per_frame, tokenizer, MASKED["text"])
+    batch = train.make_ready(batch, net.config, 1.0, torch.device("cpu"))
     for step in (1, 2):  # after the first, the gradient of A is no longer zero
-        train.train_step(net, optimizers, cfg, batch, step)
+        train.train_step(train.batch_loss, net, optimizers, cfg, batch, step)
     changed = {name for name, t in net.state_dict().items() if not torch.equal(t, before[name])}
     own = {name for name in before if "lora_" in name or name.startswith(("multi_modal", "routers", "new_"))}
     assert changed == own == set(models.learnt(net)) and "routers.shared.weight" in own

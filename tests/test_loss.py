@@ -17,7 +17,8 @@ def test_the_loss_adds_up_over_the_labelled_places_and_asks_for_no_other_logits(
     labels, asked = integers(seed, -20, 23, streams, length), []
     labels[labels < 0] = -100
     spy = SimpleNamespace(logits=lambda rows: asked.append(len(rows)) or model.logits(rows))
-    loss = streaming_loss(spy, hidden, labels, weight)
+    at = (labels.flatten() >= 0).nonzero()[:, 0]
+    loss = streaming_loss(spy, hidden, at, labels.flatten()[at], weight.flatten()[at])
     places = zip(hidden.flatten(0, 1), labels.flatten(), weight.flatten(), strict=True)
     slow = [-w * model.logits(h).log_softmax(-1)[y] for h, y, w in places if y >= 0]
     assert asked == [len(slow)]

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Batch, Watch, collate, unit, watches
+from strategies import Batch, Watch, collate, tiny, unit, watches
 from torch import Tensor
 
 from mod import MASKED, PADDING, Groups
-from model import Cache, Config, Output, rotations
+from model import Cache, Output, rotations
 
 
 def by_stream(layers: int, pieces: list[tuple[Batch, Output]]) -> list[tuple[Tensor, Tensor]]:
@@ -27,10 +27,16 @@ def at_once(watch: Watch) -> list[tuple[Tensor, Tensor]]:
     return by_stream(len(watch.model.layers), [(watch.whole(), watch.model(*watch.whole()))])
 
 
-def chunked(watch: Watch, window: int | None = None, kind: type = Cache) -> tuple[Cache, list]:
+class Tight(Cache):
+    """A cache that grows all the time."""
+
+    step = 2
+
+
+def chunked(watch: Watch, window: int | None = None, kind: type = Tight) -> tuple[Cache, list]:
     """The cache after all chunks, and what came of each stream"""
     model, first, pieces = watch.model, 0, []
-    cache = kind(model.config, len(watch.seed), window, model.lm_head.weight.device)
+    cache = kind(model, len(watch.seed), window)
     for chunk in watch.chunks:
         batch = collate(model, chunk, watch.seed, first)
         first = max(first, int(batch.groups.id.max()) + 1)
@@ -46,8 +52,7 @@ def assert_same(some, others) -> None:
 
 def held(cache: Cache, layer: int, b: int) -> list[int]:
     """The positions of a stream that a layer has in the cache, in the order of its rows"""
-    rows = cache.rows[layer][2][b, 0, : cache.length[layer], 0].tolist() if cache.rows[layer] else []
-    return [at for at in rows if at < PADDING]
+    return [at for at in cache.rows[layer][2][b, 0, :, 0].tolist() if at < PADDING]
 
 
 @given(watches())
@@ -71,7 +76,7 @@ def test_chunks_of_any_streams_are_the_whole_sequences_at_once_and_alone(watch):
     (3, [[-1, 0, 0]], "with a window, a chunk must begin with its only frame"),
     (3, [[0, 0, -1, 1, 1]], "with a window, a chunk must begin with its only frame")])
 def test_a_chunk_that_splits_a_group_or_hides_a_frame_is_refused(window, chunks, complaint):
-    cache = Cache(Config(), 2, window)
+    cache = Cache(tiny((1.0,), 0, "cpu"), 2, window)
     *fine, wrong = (Groups.plan(torch.tensor([[-1] * len(id), id]), ()) for id in chunks)  # two streams
     for groups in fine:
         cache.advance(groups)
@@ -82,8 +87,8 @@ def test_a_chunk_that_splits_a_group_or_hides_a_frame_is_refused(window, chunks,
 class Everything(Cache):
     """What a window should do, said slowly: it drops nothing and hides from the queries what has left."""
 
-    def __init__(self, config, streams, window, device):
-        super().__init__(config, streams, None, device)
+    def __init__(self, model, streams, window):
+        super().__init__(model, streams)
         self.window, self.begins = window, [[] for _ in range(streams)]
 
     def advance(self, groups):
@@ -97,7 +102,7 @@ class Everything(Cache):
         return not left or not left[0] <= position < self.begins[b][-self.window]
 
     def append(self, layer, k, v, position):
-        k, v, at = super().append(layer, k, v, position)
+        k, v, at = super().append(layer, k, v, position) or (k, v, position)
         stays = [[self.stays(b, p) for p in row] for b, row in enumerate(at[:, 0, :, 0].tolist())]
         return [k, v, at.where(torch.tensor(stays, device=at.device)[:, None, :, None], PADDING)]
 
@@ -122,7 +127,7 @@ def test_the_memory_of_an_endless_stream_is_bounded(watch, window):
     cache, _ = chunked(watch._replace(chunks=chunks), window)
     most = 1 + window * (c.tokens_per_frame + 1)
     assert all(length <= most for length in cache.length)
-    assert all(rows[0].shape[2] <= max(64, 2 * most) for rows in cache.rows if rows)
+    assert all(rows[0].shape[2] <= Tight.step + most * 9 // 8 for rows in cache.rows)
     assert cache.seen.flatten().tolist() == [1 + 60 * (c.tokens_per_frame + 1)] * B
 
 
