@@ -21,7 +21,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import NamedTuple
@@ -670,17 +670,18 @@ def drawn_batch(c: models.Config, frames: int, streams: int) -> data.Batch:
 def step_flops(c: models.Config, b: data.Batch, optimizers: Sequence[torch.optim.Optimizer],
                checkpointing: bool = False) -> float:
     """FLOPs of a training step. Backward costs as much as forward for what is computed, and as much again for
-    weights that learn; with gradient checkpointing, layers go forward twice. Causal attention is half of all
-    pairs. Muon: five times three products a matrix.
+    weights that learn; a frozen encoder goes only forward; with gradient checkpointing, layers do so twice.
+    Causal attention is half of all pairs. Muon: five times three products a matrix.
     """
     B, T = b.tokens.shape
     width, head = Groups.plan(b.group, c.keep, b.real).width, int((b.labels >= 0).sum()) / B
     macs = flops(c, [T if r == 1 else width[r] for r in c.keep], b.frames.shape[1], head, c.lora_rank)
     macs["attention"] /= 2
-    macs["vision"] *= b.frames.dim() == 5  # with features the encoder does not run
-    again = dict.fromkeys(("linears", "attention", "lora"), checkpointing)
-    learnt = dict.fromkeys(("linears", "head"), c.lora_rank == 0)
-    passes = 2 * B * sum((2 + learnt.get(term, True) + again.get(term, 0)) * n for term, n in macs.items())
+    times = dict.fromkeys(macs, 3) | dict.fromkeys(("linears", "head"), 2 if c.lora_rank else 3)
+    if b.frames.dim() < 5 or c.frozen("vision_model."):  # with features the encoder does not run at all
+        times["vision"] = int(b.frames.dim() == 5)
+    times |= {term: times[term] + checkpointing for term in ("linears", "attention", "lora")}
+    passes = 2 * B * sum(times[term] * n for term, n in macs.items())
     matrices = [sorted(p.shape) for optimizer in optimizers if isinstance(optimizer, torch.optim.Muon)
                 for p in optimizer.param_groups[0]["params"]]
     return passes + sum(10 * (2 * m * m * n + m**3) for m, n in matrices)
@@ -781,10 +782,10 @@ class Profile:
     def count_waits(self, action: Callable[[], object]) -> dict[str, int]:
         """How often the host waits for the device in it, and the peak of its memory"""
         torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_sync_debug_mode("warn")  # warns that it is a prototype, once
         with warnings.catch_warnings(record=True, action="always") as waits:
-            torch.cuda.set_sync_debug_mode("warn")
             action()
-            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode("default")
         return {"peak": torch.cuda.max_memory_allocated(), "waits": len(waits)}
 
     def train(self, pool: int, frames: int, streams: int) -> None:
@@ -793,7 +794,7 @@ class Profile:
 
         cfg, kinds, optimizers = train.TrainConfig(), {kind: self.of(kind, pool) for kind in KINDS}, []
         fits = {kind: longest(c, self.memory) for kind, c in kinds.items()} if self.config.lora_rank else {}
-        frames = frames or int(0.9 * fits["dense"])
+        frames = frames or max(1, int(0.9 * fits["dense"]))
         checkpointing = bool(fits) and frames > fits["dense"]
         batch, actions = drawn_batch(kinds["mod"], frames, streams), {}
         about = {"frames": frames, "tokens_per_frame": 1 + pool**2, "streams": streams, "longest": fits,
@@ -819,17 +820,26 @@ class Profile:
                         "peak": count_memory(c, batch, checkpointing)} for kind, c in kinds.items()}
         self.add("train", about, costs, actions)
 
-    def watcher(self, model: VideoLM, kind: str, pool: int, streams: int) -> Watcher:
-        model.config = self.of(kind, pool)
-        return Watcher(model, Tokenizer(), torch.zeros(streams).long())
+    @cached_property
+    def model(self) -> VideoLM:
+        """What watches: no adapters, as they are merged"""
+        model = models.build(replace(self.of("mod", 1), lora_rank=0), device=self.device)
+        model = model.to(self.dtype).eval()
+        if self.compiled:
+            compile_layers(model)
+        return model
 
-    def prefill(self, model: VideoLM, pool: int, frames: int) -> None:
+    def watcher(self, kind: str, pool: int, streams: int) -> Watcher:
+        self.model.config = self.of(kind, pool)
+        return Watcher(self.model, Tokenizer(), torch.zeros(streams).long())
+
+    def prefill(self, pool: int, frames: int) -> None:
         """A whole stream at once into an empty cache, as features of its frames."""
         P = 1 + pool**2
         features = torch.randn(1, frames, P, self.config.vision_hidden_size, device=self.device)
 
         def fill(kind: str) -> None:
-            watcher = self.watcher(model, kind, pool, 1)
+            watcher = self.watcher(kind, pool, 1)
             watcher.feed([watcher.layout([], frames)], features)
 
         costs = {}
@@ -847,9 +857,10 @@ class Profile:
         """Keys and values of a token in a layer"""
         return 2 * self.config.num_key_value_heads * self.config.head_dim * self.dtype.itemsize
 
-    def stream(self, model: VideoLM, pool: int, before: int, streams: int) -> None:
+    def stream(self, pool: int, before: int, streams: int) -> None:
         """One more frame of each stream, as features, after so many tokens."""
-        P, frames, costs, actions = 1 + pool**2, before // (2 + pool**2), {}, {}
+        P, model, costs, actions = 1 + pool**2, self.model, {}, {}
+        frames = before // (P + 1)
         features = torch.randn(streams, 1, P, self.config.vision_hidden_size, device=self.device)
         decoder = [model.layers, model.norm, model.lm_head, model.multi_modal_projector]
         weights = sum(p.numel() for part in decoder for p in part.parameters()) * self.dtype.itemsize
@@ -859,7 +870,7 @@ class Profile:
             watcher.feed([watcher.layout([], 1)] * streams, features)
 
         for kind in KINDS:
-            watcher = self.watcher(model, kind, pool, streams)
+            watcher = self.watcher(kind, pool, streams)
             c, now = model.config, computed(model.config.keep, 1, 1, P)
             held = [frames * n for n in now]
             macs = flops(c, now, 1, 1) | {"vision": 0, "attention": sum(
@@ -873,6 +884,12 @@ class Profile:
             actions[kind] = partial(see, watcher, c)
         about = {"frames": frames, "tokens_per_frame": P, "streams": streams, "before": before}
         self.add("stream", about, costs, actions)
+
+
+def compile_layers(model: VideoLM) -> None:
+    """Each chunk through all layers in one graph; kinds of chunk, and rooms that grow apart, are others."""
+    torch._dynamo.config.recompile_limit = 64
+    model.decode = torch.compile(model.decode, fullgraph=True, dynamic=True)
 
 
 def preload(watcher: Watcher, frames: int) -> None:
@@ -899,24 +916,19 @@ def profile(name: str, device: torch.device, compiled: bool) -> None:
              "compiled": compiled, "ceiling": p.ceiling}
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
     print(*map(str.ljust, COLUMNS, COLUMNS.values()), sep="")
-    for work in steps:
-        try:
-            p.train(*work)
-        except torch.OutOfMemoryError:  # the rest can be measured all the same
-            print(f"train {work}: out of memory")
+    file = Path(__file__).parent / "results" / f"profile-{name}-{device.type}.json"
+    plan = [(p.train, work) for work in steps]
     if p.timed:
-        model = models.build(replace(p.config, keep=p.of("mod", 1).keep, lora_rank=0), device=device)
-        model = model.to(p.dtype).eval()
-        if compiled:
-            model.decode = torch.compile(model.decode, fullgraph=True, dynamic=True)
-        for work in prefills:
-            p.prefill(model, *work)
-        for work in itertools.product(pools, contexts, streams):
-            p.stream(model, *work)
+        plan += [(p.prefill, work) for work in prefills]
+        plan += [(p.stream, work) for work in itertools.product(pools, contexts, streams)]
+    for measure, work in plan:
+        try:
+            measure(*work)
+        except torch.OutOfMemoryError:  # the rest can be measured all the same
+            print(measure.__name__, *work, "out of memory")
+        write_json(file, about | {"rows": p.rows})
     print("\n".join(textwrap.fill(remark(row), 80, subsequent_indent="  ") for row in p.rows
                     if row["work"] != "stream"))
-    file = Path(__file__).parent / "results" / f"profile-{name}-{device.type}.json"
-    write_json(file, about | {"rows": p.rows})
     print(f"written to {file}")
 
 
@@ -968,7 +980,7 @@ class EvalConfig:
     threshold: float = opt(0.0, "speak where silence is less likely than this (theta of VideoLLM-online)")
     query: str = opt(data.QUERY, "with --watch: what to ask before the first frame")
     window: int = opt(0, "with --watch: frames to remember, 0: all")
-    compile: bool = opt(False, "with --watch or --profile: compile the model")
+    compile: bool = opt(False, "compile the model")
     partial: bool = opt(False, "with --watch: use what can be decoded of a damaged video")
     device: str = opt("", "cpu or cuda (default: cuda where there is one)")
 
@@ -997,7 +1009,7 @@ def main(argv: list[str] | None = None) -> None:
         write_json(Path(cfg.merge) / "train.json", trained)
         return print(f"{cfg.merge}: {folder} without adapters")
     if cfg.compile:
-        model.decode = torch.compile(model.decode, fullgraph=True, dynamic=True)
+        compile_layers(model)
     if cfg.watch:
         watcher = Watcher(model, tokenizer, torch.zeros(1).long(), cfg.threshold, cfg.window or None)
         video = data.read_video(Path(cfg.watch), trained["fps"], model.config.image_size, cfg.partial)

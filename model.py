@@ -113,18 +113,22 @@ class Config:
         """The pretrained folder that holds a weight, "" if none does."""
         if name.startswith("vision_model."):
             return self.vision
-        return "" if name.startswith(("multi_modal", "routers", "new_")) or "lora_" in name else self.llm
+        return "" if added(name) else self.llm
 
     def frozen(self, name: str) -> bool:
         """Does a weight stay as it was read or drawn, whatever is learnt?"""
         if name.startswith("vision_model."):
             return self.vision != "" and not self.train_vision
-        added = name.startswith(("multi_modal", "routers", "new_")) or "lora_" in name
-        return self.lora_rank > 0 and not added
+        return self.lora_rank > 0 and not added(name)
 
     def borrowed(self, name: str) -> bool:
         """Does a run leave a weight in its pretrained folder?"""
         return self.frozen(name) and self.folder_of(name) != ""
+
+
+def added(name: str) -> bool:
+    """Is a weight of what stands between a pretrained encoder and decoder, or adapts the decoder?"""
+    return name.startswith(("multi_modal", "routers", "new_")) or "lora_" in name
 
 
 def check_fields(config: object, may_be_zero: tuple[str, ...] = ()) -> None:
@@ -354,7 +358,7 @@ class Attention(nn.Module):
             mask = mask & (seen.mT > now - self.window) if self.window else mask
             n = q.shape[1] // k.shape[1]  # heads that share keys become one, so that these are read once
             q, mask = q.reshape(B, -1, n * K, self.head_dim), mask.repeat(1, 1, n, 1)  # (B, G, nK, d)
-            out = F.scaled_dot_product_attention(q, k, v, mask).view(B, -1, K, self.head_dim)
+            out = F.scaled_dot_product_attention(q, k, v, mask).reshape(B, -1, K, self.head_dim)
         return self.o_proj(out.transpose(1, 2).reshape(B, K, -1))
 
 
@@ -528,12 +532,11 @@ def initialise(model: VideoLM, seed: int, names: Collection[str] | None = None) 
 
     names: of those to draw, None: all. New tokens begin as the mean of the known ones, LoRA as no change.
     """
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    drawn = [(name, p) for name, p in model.named_parameters() if names is None or name in names]
+    generator = torch.Generator(drawn[0][1].device if drawn else "cpu").manual_seed(seed)
     outputs = ("o_proj", "down_proj", "out_proj", "fc2")
     known = {"new_embeddings": model.embed_tokens.weight, "new_head": model.lm_head.weight}
-    for name, p in model.named_parameters():
-        if names is not None and name not in names:
-            continue
+    for name, p in drawn:
         if name in known:
             p.copy_(known[name].mean(0, dtype=torch.float32))
         elif name.endswith("lora_B"):
@@ -720,7 +723,10 @@ def skeleton(config: Config) -> VideoLM:
 
 def build(config: Config, seed: int = 0, weights: dict[str, Tensor] | None = None,
           device: torch.device | str = "cpu") -> VideoLM:
-    """A model of another run's weights, of pretrained ones as their files have them, the rest drawn."""
+    """A model of another run's weights, of pretrained ones as their files have them, the rest drawn.
+
+    device: where weights are drawn, so that large ones need not travel
+    """
     model, weights = skeleton(config), weights or {}
     borrow(model, lambda name: config.folder_of(name) and name not in weights)
     new = {name: torch.empty_like(p, device=device, dtype=torch.bfloat16 if config.frozen(name) else p.dtype)

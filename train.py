@@ -64,7 +64,8 @@ class TrainConfig:
     data: str = opt("", "folder of clips and .jsonl conversations to learn instead")
     fps: float = opt(2.0, "frames a second to read of clips")
     partial: bool = opt(False, "use what can be decoded of damaged clips")
-    preset: str = opt("tiny", f"sizes of the model: {', '.join(models.PRESETS)}")
+    preset: str = opt("tiny", f"sizes of the model: {', '.join(models.PRESETS)}; of the large ones, only "
+                              "adapters learn")
     init: str = opt("", "run folder whose weights to start from, instead of a preset")
     llm: str = opt("", "Hugging Face folder of a Llama, Mistral or Qwen2: the decoder to start from")
     vision: str = opt("", "Hugging Face folder of a CLIP or SigLIP: the encoder to start from")
@@ -241,12 +242,13 @@ def batch_loss(model: VideoLM, b: Ready, share: Tensor, routing_loss: float) -> 
 
 def train_step(loss_of: Callable[..., Tensor], model: VideoLM, optimizers: list, cfg: TrainConfig, b: Ready,
                step: int) -> Tensor:
-    """One update on a batch -> (2,) its loss and the norm of the gradient. The host waits for nothing.
+    """One update on a batch -> (3,) its loss, the norm of the gradient, tokens. No wait for the device.
 
     loss_of: batch_loss, or the same compiled
     """
     torch.manual_seed((cfg.seed << 24) + (step << 8) + RANK)  # of dropout
-    share = b.counts / over_all(b.counts.clone()).clamp(min=1)  # 1 in a single process
+    total = over_all(b.counts.clone())
+    share = b.counts / total.clamp(min=1)  # 1 in a single process
     loss = loss_of(model, b, share[:2].float().to(b.tokens.device, non_blocking=True), cfg.routing_loss)
     (loss * (RANKS if cfg.shard else 1)).backward()  # fully_shard takes the mean of the gradients
     learnt = [p for p in model.parameters() if p.grad is not None]
@@ -258,7 +260,7 @@ def train_step(loss_of: Callable[..., Tensor], model: VideoLM, optimizers: list,
             group["lr"] = group["peak"] * learning_rate(step, cfg)
         optimizer.step()
         optimizer.zero_grad()
-    return torch.stack([over_all(loss.detach()), norm])
+    return torch.stack([over_all(loss.detach()), norm, total[2].to(norm, non_blocking=True)])
 
 
 def checkpoint(folder: Path, model: VideoLM, optimizers: list, step: int) -> None:
@@ -322,7 +324,8 @@ def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
         began = TrainConfig(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{file} must hold the settings of the run to resume: {error}") from None
-    free = {"out": cfg.out, "device": cfg.device, "compile": cfg.compile, "resume": True}
+    free = {name: getattr(cfg, name) for name in ("out", "device", "compile", "gradient_checkpointing")}
+    free["resume"] = True
     for name in sorted(given - free.keys()):
         now, was = getattr(cfg, name), getattr(began, name)
         if now != was:
@@ -379,11 +382,11 @@ def learn(cfg: TrainConfig, device: torch.device) -> data.Source:
         for step in bar:
             began = time.perf_counter()
             b = next(batches)
-            loss, norm = train_step(loss_of, model, optimizers, cfg, b, step).tolist()
+            loss, norm, tokens = train_step(loss_of, model, optimizers, cfg, b, step).tolist()
             if not math.isfinite(loss + norm):
                 raise ValueError(f"loss and gradient must stay finite, got {loss}, {norm} at step {step}")
-            seconds, tokens = round(time.perf_counter() - began, 4), int(over_all(b.counts.clone())[2])
-            print(json.dumps({"step": step, "loss": loss, "grad_norm": norm, "tokens": tokens,
+            seconds = round(time.perf_counter() - began, 4)
+            print(json.dumps({"step": step, "loss": loss, "grad_norm": norm, "tokens": int(tokens),
                               "seconds": seconds}), file=log, flush=True)
             bar.set_postfix_str(f"loss {loss:.3f}, {1000 * seconds:.0f} ms a step")
             if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
@@ -395,7 +398,8 @@ def main(argv: list[str] | None = None) -> None:
     cfg = settings(*models.parse(TrainConfig, argv, __doc__))
     device, folder = models.pick_device(cfg.device), cfg.folder
     if RANKS > 1 and device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # by number: each thread has its default
+        torch.cuda.set_device(device)
     if RANKS > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     source = learn(cfg, device)
