@@ -13,13 +13,14 @@ import json
 import math
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -46,10 +47,50 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 # What a task takes where no flag says otherwise (all but the steps if it starts from --init).
 ONE_ANSWER = {"muon_lr": 0.005, "adam_lr": 0.003}  # a stream is harder to learn from than with many replies
-TASK_DEFAULTS = {"forecast": {**ONE_ANSWER, "steps": 800}, "summary": {**ONE_ANSWER, "steps": 500}, "vqa": {
-    **ONE_ANSWER, "preset": "deep", "keep": 0.5, "router": "shared", "gate": "unit",
-    "masked": "question+answer", "routing_loss": 0.01, "steps": 1200}}
+TASK_DEFAULTS = {
+    "scene": {"steps": 250},
+    "forecast": {**ONE_ANSWER, "steps": 800},
+    "summary": {**ONE_ANSWER, "steps": 500},
+    "vqa": {**ONE_ANSWER, "preset": "deep", "keep": 0.5, "router": "shared", "gate": "unit",
+            "masked": "question+answer", "routing_loss": 0.01, "steps": 1200}}
 PRETRAINED_DEFAULTS = {"adam_lr": 0.0002}  # as in the paper
+SWEEPS = {  # rows of the papers' tables, the flags that make them; DENSE: the dense run of the same seed
+    "scene": """
+        dense                --plan dense
+        early-exit           --plan early-exit
+        layer-skip           --plan layer-skip
+        interleaved          --plan interleaved
+        interleaved-deep     --plan interleaved-deep
+        all                  --plan all
+        all-deep             --plan all-deep
+        interleaved-random   --plan interleaved --router random
+        interleaved-uniform  --plan interleaved --router uniform
+        interleaved-0.1      --plan interleaved --keep 0.1
+        interleaved-0.3      --plan interleaved --keep 0.3
+        all-random           --plan all --router random
+        all-uniform          --plan all --router uniform""",
+    "forecast": """
+        dense                --plan dense
+        interleaved          --plan interleaved""",
+    "summary": """
+        dense                --plan dense
+        interleaved          --plan interleaved""",
+    "vqa": """
+        dense                --plan dense
+        dense-converted      --init DENSE --plan dense
+        arank                --init DENSE --plan arank
+        interleaved          --init DENSE --plan interleaved
+        two-of-three         --init DENSE --plan two-of-three
+        all                  --init DENSE --plan all
+        all-none             --init DENSE --plan all --masked none
+        arank-none           --init DENSE --plan arank --masked none
+        arank-question       --init DENSE --plan arank --masked question
+        arank-unshared       --init DENSE --plan arank --router learned
+        arank-0.83           --init DENSE --plan arank --keep 0.83
+        arank-0.66           --init DENSE --plan arank --keep 0.66
+        arank-0.49           --init DENSE --plan arank --keep 0.49
+        arank-0.32           --init DENSE --plan arank --keep 0.32""",
+}
 NEEDS = {"lora_rank": "llm", "lora_alpha": "llm", "lora_dropout": "llm", "train_vision": "vision"}
 
 
@@ -346,6 +387,14 @@ def first_line(cfg: TrainConfig, model: VideoLM, optimizers: list, b: data.Batch
             "flops_of_dense": round(routed / dense, 4), "processes": RANKS}
 
 
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has had at most, on a GPU those of its tensors"""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * (1 if sys.platform == "darwin" else 1024)  # there, it is bytes
+
+
 def learn(cfg: TrainConfig, device: torch.device) -> data.Source:
     """Begin or go on with a run, until its last checkpoint -> what it learnt from"""
     folder = cfg.folder
@@ -387,15 +436,61 @@ def learn(cfg: TrainConfig, device: torch.device) -> data.Source:
                 raise ValueError(f"loss and gradient must stay finite, got {loss}, {norm} at step {step}")
             seconds = round(time.perf_counter() - began, 4)
             print(json.dumps({"step": step, "loss": loss, "grad_norm": norm, "tokens": int(tokens),
-                              "seconds": seconds}), file=log, flush=True)
+                              "seconds": seconds, "peak_memory": peak_memory(device)}), file=log, flush=True)
             bar.set_postfix_str(f"loss {loss:.3f}, {1000 * seconds:.0f} ms a step")
             if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                 checkpoint(folder, model, optimizers, step + 1)
     return source
 
 
+def sweep(name: str, seeds: int, jobs: int, flags: list[str]) -> None:
+    """Train and evaluate the rows of a table, with several seeds; what is done stays, what was cut goes on.
+
+    flags: for all runs -> the runs in out/NAME/, a row each in out/NAME.json
+    """
+    if name not in SWEEPS:
+        raise ValueError(f"sweep must be one of {', '.join(SWEEPS)}, got {name}")
+    folder, rows = Path("out") / name, [line.split() for line in SWEEPS[name].split("\n")[1:]]
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
+
+    def train_rows(seed: int) -> None:
+        dense = str(folder / f"dense-seed{seed}")
+        for row, *how in rows:  # the dense one first: others start from it
+            run = folder / f"{row}-seed{seed}"
+            if (run / "eval.json").exists():
+                continue
+            print(time.strftime("%H:%M"), run, flush=True)
+            how = [dense if flag == "DENSE" else flag for flag in ["--task", name, "--seed", str(seed), *how]]
+            again = (run / "model.safetensors").exists()
+            with open(f"{run}.log", "a") as log:
+                command = [sys.executable, __file__, "--out", run, *(["--resume"] if again else how + flags)]
+                if subprocess.run(command, stdout=log, stderr=log, env=environment).returncode:
+                    raise ValueError(f"{run} must train and be evaluated, its end is in {run}.log")
+
+    with ThreadPoolExecutor(jobs) as threads:
+        list(threads.map(train_rows, range(seeds)))
+    write_json(Path(f"{folder}.json"), data.collect(folder))
+    print(f"written to {folder}.json")
+
+
+@dataclass(frozen=True)
+class Command(TrainConfig):
+    """What one call may ask for beside the settings of a run"""
+
+    sweep: str = opt("", f"train the rows of a table, into out/NAME and out/NAME.json: {', '.join(SWEEPS)}")
+    seeds: int = opt(5, "with --sweep: how many, from 0")
+    jobs: int = opt(1, "with --sweep: runs at once, which share the cores")
+
+
 def main(argv: list[str] | None = None) -> None:
-    cfg = settings(*models.parse(TrainConfig, argv, __doc__))
+    asked, given = models.parse(Command, argv, __doc__)
+    if asked.sweep:
+        if wrong := sorted(given - {"sweep", "seeds", "jobs", "steps", "streams", "device"}):
+            raise ValueError(f"sweep must not be given with {wrong[0]}, which its rows have, got both")
+        rest = [f"--{name}={getattr(asked, name)}" for name in sorted(given & {"steps", "streams", "device"})]
+        return sweep(asked.sweep, asked.seeds, asked.jobs, rest)
+    cfg = settings(TrainConfig(**{f.name: getattr(asked, f.name) for f in fields(TrainConfig)}), given)
     device, folder = models.pick_device(cfg.device), cfg.folder
     if RANKS > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # by number: each thread has its default

@@ -15,7 +15,7 @@ import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BUDGETS = {"README.md": 260, "mod.py": 280, "model.py": 925, "data.py": 800, "train.py": 420, "eval.py": 1030}
+BUDGETS = {"README.md": 260, "mod.py": 280, "model.py": 925, "data.py": 830, "train.py": 520, "eval.py": 1030}
 MAP = re.findall(r"^\| ((?:Eq\.|Sections?|Table) [^,|]+|[\w ]+ of gamma-MoD), [^|]*\| `(\w+)\.(\w+)` "
                  r"\| `tests/\w+\.py` \|$", README, re.M)
 
