@@ -288,7 +288,7 @@ def any_thing(rng: np.random.Generator) -> tuple[str, str]:
 class Scene(World):
     """Up to five shapes flash at once; the reply names them in reading order. No one token can hold them all.
 
-    Made, and its steps chosen, so that the dense model of the preset tiny learns it, but not quite.
+    The dense model of the preset tiny learns it in the steps of `narration`, but not quite.
     """
 
     frames = 6
@@ -818,6 +818,8 @@ def collect(folder: Path) -> list[dict]:
             result["free_running"] |= {"step_flops": first["flops_of_dense"], "seconds_per_step": round(
                 median(step["seconds"] for step in steps), 4)}
             first["peak_memory"] = max(step.get("peak_memory", 0) for step in steps)
+            first["on_shapes_at"] = {step["step"] + 1: step["on_shapes"] for step in steps
+                                     if step.get("on_shapes")}
             rows.append({"run": file.parent.name, **first, **result})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file.parent} must be an evaluated run: {error!r}") from None

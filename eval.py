@@ -5,7 +5,7 @@
     python eval.py RUN --arank        the rank of each layer's attention maps
     python eval.py --flops            the papers' costs, and those of this code
     python eval.py --profile          speed and memory, dense beside MoD
-    python eval.py [RUNS] --table     results/, or a folder of runs, as tables
+    python eval.py [RUNS] --table     the READMEs' tables, or that of a folder
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
-from statistics import fmean, median, quantiles
+from statistics import fmean, median, quantiles, stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -463,6 +463,24 @@ def print_ranks(model: VideoLM, tokenizer: Tokenizer, source: data.Source, sampl
 # --- pictures and tables ------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def on_shapes(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample]) -> dict[str, float]:
+    """Of the patches that each routed layer keeps in the embedded world, the share that show some of a shape
+
+    Of frames with shapes; "chance" is the share of all their patches. {} where no layer chooses.
+    """
+    b, out = hear(model, tokenizer, samples)
+    colours = torch.tensor(list(data.COLOURS.values()))[:, None, None, :, None, None]
+    painted = (b.frames == colours).all(3).any(0)  # (colours, B, F, 3, S, S) -> (B, F, S, S)
+    shows = F.adaptive_max_pool2d(painted.float(), model.config.pool).flatten(2) > 0  # (B, F, P - 1)
+    some, vision, share = shows.any(-1), b.tokens == data.VISION, {}
+    for layer, keep in out.keep.items():
+        kept = keep.cpu()[vision].view(*shows.shape[:2], -1)[..., 1:]  # (B, F, P - 1), CLS is no patch
+        if 0 < model.config.keep[layer]:
+            share[f"layer {layer}"] = float(shows[some][kept[some]].float().mean())
+    return share | {"chance": float(shows[some].float().mean())} if share else {}
+
+
 def draw_routing(model: VideoLM, tokenizer: Tokenizer, sample: Sample, pixels: np.ndarray,
                  path: Path) -> None:
     """The routing of one stream, heard with its true replies. pixels: (F, S, S, 3) uint8"""
@@ -474,7 +492,7 @@ def draw_routing(model: VideoLM, tokenizer: Tokenizer, sample: Sample, pixels: n
     write(path, lambda unfinished: unfinished.write_bytes(data.picture([pixels[f] for f in shown], kept)))
 
 
-METRICS = (  # title, key, form; those indented correct a quirk of the one above
+METRICS = (  # title, key, form; those indented, corrections of the one above and times, are in no table
     ("LM-PPL", "lm_ppl", "{:.3f}"), ("  of the mean", "lm_ppl_corrected", "{:.3f}"),
     ("TimeDiff", "time_diff", "{:.3f} s"), ("  corrected", "time_diff_corrected", "{:.3f} s"),
     ("Fluency", "fluency", "{:.1%}"), ("  corrected", "fluency_corrected", "{:.1%}"),
@@ -485,7 +503,7 @@ METRICS = (  # title, key, form; those indented correct a quirk of the one above
     ("ED of verbs", "ed_verb", "{:.3f}"), ("ED of nouns", "ed_noun", "{:.3f}"),
     ("ED of actions", "ed_action", "{:.3f}"), ("relaxed accuracy", "relaxed", "{:.1%}"),
     ("tokens skipped", "skipped", "{:.1%}"), ("FLOPs of dense", "flops_of_dense", "{:.1%}"),
-    ("time per answer", "seconds_per_answer", "{:.4f} s"), ("training step", "seconds_per_step", "{:.3f} s"))
+    ("of a dense step", "step_flops", "{:.1%}"), ("  time per answer", "seconds_per_answer", "{:.4f} s"))
 
 
 def report(folder: Path, model: VideoLM, tokenizer: Tokenizer, source: data.Source, streams: int,
@@ -507,6 +525,10 @@ def report(folder: Path, model: VideoLM, tokenizer: Tokenizer, source: data.Sour
         cells = [form.format(result[way][key]) if key in result[way] else "" for way in ways]
         if any(cells):
             print(f"  {title:20}" + "".join(f"{cell:>18}" for cell in cells))
+    if isinstance(source, data.World):
+        result["on_shapes"] = on_shapes(model, tokenizer, samples[:64])
+        for where, share in result["on_shapes"].items():
+            print(f"  {'kept patches on shapes: ' + where:40}{share:>18.1%}")
     for kind, share in result.get("accuracy_of", {}).items():
         print(printable(f"    {kind:18}{share:>18.1%}"))
     print("for example, free-running (<- the truth, where it differs):")
@@ -517,42 +539,94 @@ def report(folder: Path, model: VideoLM, tokenizer: Tokenizer, source: data.Sour
     print(f"the routing of the first is drawn in {folder / 'routing.png'}")
 
 
+MARKED = re.compile(r"(<!-- table: (\S+)(.*?) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+
+
+def render(text: str, folder: Path) -> str:
+    """Make the tables between markers of what these name, `table: FILE.json [ROW ...] [against ROW]`"""
+    def made(found: re.Match) -> str:
+        rows, (names, _, base) = json.loads((folder / found[2]).read_text()), found[3].partition("against")
+        return found[1] + table(rows, names.split(), base.strip() or "dense") + found[4]
+
+    return MARKED.sub(made, text)
+
+
 def print_tables(folder: str) -> None:
-    """The tables of results/*.json; or that of the runs in a folder, which is written to folder.json"""
+    """Renew the tables of the READMEs; or print that of a folder of runs, also written to folder.json"""
     if folder := folder.rstrip("/"):
         write_json(Path(f"{folder}.json"), data.collect(Path(folder)))
-    for file in [Path(f"{folder}.json")] if folder else sorted(Path(__file__).parent.glob("results/*.json")):
-        print(f"{file}\n\n{table(json.loads(file.read_text()))}\n")
+        return print(table(json.loads(Path(f"{folder}.json").read_text())))
+    root = Path(__file__).parent
+    for page in (root / "README.md", root / "results" / "README.md"):
+        text = render(page.read_text(), root / "results")
+        write(page, lambda unfinished, text=text: unfinished.write_text(text))
+        print(f"{page}: {len(MARKED.findall(text))} tables")
 
 
-def table(rows: list[dict] | dict) -> str:
-    """Markdown, free-running; in a cell the values of all seeds of a run, one if they read the same"""
+def table(rows: list[dict] | dict, names: Sequence[str] = (), base: str = "dense") -> str:
+    """Markdown, free-running: the mean of all seeds of a run +- its standard error, and how far from the base
+
+    names: of runs, as rows in this order; none: all
+    """
     if isinstance(rows, dict):
-        return speed_table(rows["rows"])
-    known = {key for row in rows for key in row["free_running"]}
+        return speed_table(rows["rows"], "stream" in names)
+    runs: dict[str, dict[int, dict]] = {}
+    for row in rows:
+        runs.setdefault(row["run"].rsplit("-seed", 1)[0], {})[row["seed"]] = row["free_running"]
+    names = names or sorted(runs)
+    if missing := [name for name in {*names, base} & {*names} if name not in runs]:
+        raise ValueError(f"the rows of a table must be runs of its file, got {missing[0]}")
+    known = {key for name in names for values in runs[name].values() for key in values}
     columns = [metric for metric in METRICS if metric[1] in known and metric[0][0] != " "]
-    runs: dict[str, list[dict]] = {}
-    for row in sorted(rows, key=lambda row: row["seed"]):
-        runs.setdefault(row["run"].split("-seed")[0], []).append(row["free_running"])
-    lines = [["run", *(title for title, _, _ in columns)]]
-    for name, seeds in sorted(runs.items()):
-        values = ([form.format(s[key]) for s in seeds if key in s] or ["-"] for _, key, form in columns)
-        lines.append([f"`{name}`", *(" / ".join(v if len({*v}) > 1 else v[:1]) for v in values)])
+    main = next(key for key in ("lm_correctness", "accuracy") if key in known)
+    compared = base in runs and min(len(runs[name]) for name in names) > 1
+    lines = [["run", *(title for title, _, _ in columns), *([f"against `{base}`"] if compared else [])]]
+    for name in names:
+        values = ([run[key] for run in runs[name].values() if key in run] for _, key, _ in columns)
+        line = [f"`{name}`", *(spread(v, form) for v, (_, _, form) in zip(values, columns, strict=True))]
+        if compared:
+            seeds = sorted(runs[name].keys() & runs[base].keys())
+            line.append("" if name == base else difference([runs[name][n][main] for n in seeds],
+                                                           [runs[base][n][main] for n in seeds]))
+        lines.append(line)
     return grid(lines)
 
 
-def speed_table(rows: list[dict]) -> str:
-    """What `profile` measured, as Markdown: work on whole streams, then what is saved on one more frame"""
-    whole = [row for row in rows if row["work"] != "stream"]
-    parts = [grid([list(COLUMNS), *map(cells, whole)])]
+def spread(values: list[float], form: str) -> str:
+    """Mean +- standard error"""
+    if len({form.format(v) for v in values}) < 2:
+        return form.format(values[0]) if values else "-"
+    return f"{form.format(fmean(values))} ± {form.format(stdev(values) / len(values) ** 0.5)}"
+
+
+def difference(a: list[float], b: list[float]) -> str:
+    """Mean of a - b, pair by pair, and the two-sided p of Student's t for them"""
+    apart = [x - y for x, y in zip(a, b, strict=True)]
+    return f"{fmean(apart):+.1%} (p {students_p(apart):.3f})"
+
+
+def students_p(apart: list[float]) -> float:
+    """How often a sample would have a mean at least so far from 0, were that the mean of all (t-test)
+
+    t = sqrt(n - 1) * tan(angle) makes the density of t that of cos(angle)^(n - 2) on a quarter turn.
+    """
+    n, error = len(apart), stdev(apart) / len(apart) ** 0.5
+    angle = math.atan2(abs(fmean(apart)), error * (n - 1) ** 0.5)
+    tail, whole = (np.trapezoid(np.cos(x) ** (n - 2), x)
+                   for x in (np.linspace(start, math.pi / 2, 10_001) for start in (angle, 0.0)))
+    return float(tail / whole)
+
+
+def speed_table(rows: list[dict], stream: bool) -> str:
+    """What `profile` measured, as Markdown: work on whole streams, or what is saved on one more frame"""
+    if not stream:
+        return grid([list(COLUMNS), *(cells(row) for row in rows if row["work"] != "stream")])
     saved = {(row["tokens_per_frame"], row["before"], row["streams"]): f"{row['saved']:.0%}"
              for row in rows if row["work"] == "stream"}
-    if saved:
-        pools, contexts, streams = (sorted(set(values)) for values in zip(*saved, strict=True))
-        lines = [[str(P), f"{before:,}", *(saved.get((P, before, n), "-") for n in streams)]
-                 for P in pools for before in contexts]
-        parts.append(grid([["tokens a frame", "tokens before", *(f"{n} streams" for n in streams)], *lines]))
-    return "\n\n".join(parts)
+    pools, contexts, streams = (sorted(set(values)) for values in zip(*saved, strict=True))
+    lines = [[str(P), f"{before:,}", *(saved.get((P, before, n), "-") for n in streams)]
+             for P in pools for before in contexts]
+    return grid([["tokens a frame", "tokens before", *(f"{n} streams" for n in streams)], *lines])
 
 
 def grid(lines: list[list[str]]) -> str:
@@ -974,7 +1048,8 @@ class EvalConfig:
     arank: bool = opt(False, "rank the layers of a dense run instead (gamma-MoD)")
     profile: bool = opt(False, "measure speed and memory, dense beside MoD, at the sizes of --preset instead")
     preset: str = opt("tiny", f"with --profile: {', '.join(PROFILES)}")
-    table: bool = opt(False, "print the tables of results/, or of the folder of runs RUN and write RUN.json")
+    table: bool = opt(False, "renew the tables of the READMEs from results/, or print that of the folder of "
+                             "runs RUN and write RUN.json")
     merge: str = opt("", "folder for the same run with its adapters merged into the weights")
     streams: int = opt(64, "held-out streams to evaluate on")
     threshold: float = opt(0.0, "speak where silence is less likely than this (theta of VideoLLM-online)")

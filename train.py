@@ -39,7 +39,7 @@ import data
 import mod
 import model as models
 from data import Tokenizer
-from eval import encode_once, ranks_of, report, step_flops
+from eval import encode_once, on_shapes, ranks_of, report, step_flops
 from mod import GATES, MASKED, PLACEMENTS, Groups, check_keep_ratio, placement
 from model import Config, VideoLM, check_fields, opt, streaming_loss, write, write_json
 
@@ -48,7 +48,7 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # What a task takes where no flag says otherwise (all but the steps if it starts from --init).
 ONE_ANSWER = {"muon_lr": 0.005, "adam_lr": 0.003}  # a stream is harder to learn from than with many replies
 TASK_DEFAULTS = {
-    "scene": {"steps": 250},
+    "scene": {"save_every": 40},
     "forecast": {**ONE_ANSWER, "steps": 800},
     "summary": {**ONE_ANSWER, "steps": 500},
     "vqa": {**ONE_ANSWER, "preset": "deep", "keep": 0.5, "router": "shared", "gate": "unit",
@@ -435,10 +435,14 @@ def learn(cfg: TrainConfig, device: torch.device) -> data.Source:
             if not math.isfinite(loss + norm):
                 raise ValueError(f"loss and gradient must stay finite, got {loss}, {norm} at step {step}")
             seconds = round(time.perf_counter() - began, 4)
-            print(json.dumps({"step": step, "loss": loss, "grad_norm": norm, "tokens": int(tokens),
-                              "seconds": seconds, "peak_memory": peak_memory(device)}), file=log, flush=True)
+            line = {"step": step, "loss": loss, "grad_norm": norm, "tokens": int(tokens), "seconds": seconds,
+                    "peak_memory": peak_memory(device)}
+            saved = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
+            if saved and isinstance(source, data.World) and not cfg.shard:
+                line["on_shapes"] = on_shapes(model, tokenizer, source.held_out(16))
+            print(json.dumps(line), file=log, flush=True)
             bar.set_postfix_str(f"loss {loss:.3f}, {1000 * seconds:.0f} ms a step")
-            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            if saved:
                 checkpoint(folder, model, optimizers, step + 1)
     return source
 

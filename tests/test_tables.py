@@ -1,0 +1,138 @@
+"""One command trains the rows of a table, whatever interrupts it, and the tables say what the rows say."""
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+import eval as evaluation
+import model as models
+import train
+
+
+def test_a_sweep_trains_each_row_once_goes_on_where_it_was_cut_and_tables_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train.SWEEPS, "vqa", """
+        dense      --plan dense --preset tiny
+        converted  --init DENSE --plan all""")
+    asked, outside = [], subprocess.run
+
+    def run(command, **how):
+        if command[0] == "git":
+            return outside(command, **how)
+        asked.append([str(part) for part in command[2:]])
+        train.main(asked[-1])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    sweep = ["--sweep", "vqa", "--seeds", "2", "--steps", "1", "--streams", "2", "--device", "cpu"]
+    train.main(sweep)
+    names = ["dense-seed0", "converted-seed0", "dense-seed1", "converted-seed1"]
+    assert [argv[1].rpartition("/")[2] for argv in asked] == names
+    rows = json.loads(Path("out/vqa.json").read_text())
+    assert {row["run"]: row["plan"] for row in rows} == dict(zip(names, ["dense", "all"] * 2, strict=True))
+    assert rows[0]["init"].endswith("out/vqa/dense-seed0") and rows[0]["peak_memory"] > 10**7
+    assert {"argv", "commit", "device", "torch", "placement"} <= rows[0].keys()
+    assert {"accuracy", "step_flops", "seconds_per_step"} <= rows[0]["free_running"].keys()
+    Path("out/vqa/dense-seed1/eval.json").unlink()  # as if it had been killed just then
+    asked.clear()
+    train.main(sweep)
+    assert [(argv[1], argv[2:]) for argv in asked] == [("out/vqa/dense-seed1", ["--resume"])]
+    assert len(json.loads(Path("out/vqa.json").read_text())) == len(rows)
+    evaluation.main(["out/vqa", "--table"])
+    assert "| `converted` | " in capsys.readouterr().out
+    Path("out/vqa/dense-seed1/eval.json").unlink()
+    monkeypatch.setattr(subprocess, "run", lambda command, **how: subprocess.CompletedProcess(command, 2))
+    with pytest.raises(ValueError, match=r"dense-seed1 must train and be evaluated, its end is in .*\.log"):
+        train.main(sweep)
+
+
+@pytest.mark.parametrize(("wrong", "complaint"), [
+    (["--sweep", "nope"], "sweep must be one of scene, forecast, summary, vqa, got nope"),
+    (["--sweep", "scene", "--seed", "1"], "sweep must not be given with seed, which its rows have")])
+def test_a_sweep_that_cannot_be_is_refused_in_a_sentence(wrong, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        train.main(wrong)
+
+
+def test_each_row_of_a_sweep_is_a_run_that_train_takes():
+    for name, rows in train.SWEEPS.items():
+        names = [line.split()[0] for line in rows.split("\n")[1:]]
+        assert names[0] == "dense" and len(set(names)) == len(names)
+        for row in rows.split("\n")[1:]:
+            argv = ["--task", name, *row.split()[1:]]
+            cfg, _ = train.models.parse(train.TrainConfig, argv, "")
+            assert cfg.plan in {"arank", *train.PLACEMENTS}
+
+
+@pytest.mark.parametrize(("n", "t", "p"), [(2, 12.706, 0.05), (3, 4.303, 0.05), (5, 2.776, 0.05),
+                                           (5, 4.604, 0.01), (10, 2.262, 0.05), (5, 0.0, 1.0)])
+def test_p_is_that_of_the_tables_of_students_t(n, t, p):
+    spread = [i - (n - 1) / 2 for i in range(n)]
+    error = evaluation.stdev(spread) / n**0.5
+    assert evaluation.students_p([x + t * error for x in spread]) == pytest.approx(p, rel=0.002)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=9))
+def test_p_is_a_share_the_same_for_both_signs_and_smaller_further_from_0(apart):
+    p = evaluation.students_p(apart)
+    assert 0 <= p <= 1 + 1e-9 and p == pytest.approx(evaluation.students_p([-x for x in apart]))
+    mean = evaluation.fmean(apart)
+    assert evaluation.students_p([x + mean for x in apart]) <= p + 1e-6
+
+
+def test_a_table_has_means_and_errors_in_the_order_asked_for_and_compares_seed_by_seed():
+    rows = [{"run": f"{name}-seed{seed}", "seed": seed, "free_running": {"accuracy": value, "skipped": 0.5}}
+            for name, values in {"a-b": (0.9, 0.8, 0.7), "dense": (0.5, 0.4, 0.3), "c": (0.1, 0.3)}.items()
+            for seed, value in enumerate(values)]
+    assert evaluation.table(rows, ["dense", "a-b", "c"]).splitlines()[2:] == [
+        "| `dense` | 40.0% ± 5.8% | 50.0% |  |", "| `a-b` | 80.0% ± 5.8% | 50.0% | +40.0% (p 0.000) |",
+        "| `c` | 20.0% ± 10.0% | 50.0% | -25.0% (p 0.344) |"]
+    assert "against `c`" in evaluation.table(rows, ["a-b"], "c")
+    with pytest.raises(ValueError, match="the rows of a table must be runs of its file, got absent"):
+        evaluation.table(rows, ["absent"])
+
+
+def test_only_what_stands_between_markers_is_renewed(tmp_path):
+    rows = [{"run": "dense", "seed": 0, "free_running": {"accuracy": 0.5}}]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    page = "before\n<!-- table: x.json dense -->\n{}\n<!-- end -->\n| after |\n"
+    made = page.format(evaluation.table(rows))
+    assert evaluation.render(page.format("old\n\nolder"), tmp_path) == made
+    assert evaluation.render(made, tmp_path) == made
+
+
+def test_a_scene_shows_exactly_what_it_says():
+    for sample in data.Scene(48).held_out(20):
+        said = {turn.frame: turn.text for turn in sample.turns if turn.role == "assistant"}
+        for number, frame in enumerate(sample.frames):
+            things = said.get(number, "").strip(" .").split(", ") if number in said else []
+            cells = [frame[16 * (cell // 3) :][:16, 16 * (cell % 3) :][:, :16] for cell in range(9)]
+            shown = [next((c for c, rgb in data.COLOURS.items() if (cell == rgb).all(2).sum() > 20), None)
+                     for cell in cells]
+            assert [colour for colour in shown if colour] == [thing.split()[0] for thing in things]
+            assert all(thing.split()[1] in data.SHAPES for thing in things) and len(things) <= 5
+
+
+def test_what_a_router_looks_at_is_counted_against_chance():
+    c = replace(models.preset("tiny"), vocab_size=len(data.Tokenizer()), keep=(0.5, 1.0, 0.0, 0.5))
+    net, samples, tokenizer = models.build(c), data.Scene(48).held_out(4), data.Tokenizer()
+    b, _ = evaluation.hear(net, tokenizer, samples)
+    painted = sum((b.frames == torch.tensor(rgb)[:, None, None]).all(2) for rgb in data.COLOURS.values())
+    shown = painted.view(4, 6, 6, 8, 6, 8).amax((3, 5)).flatten(2)  # (B, F, 36)
+    score = torch.zeros(b.tokens.shape)
+    score[b.tokens == data.VISION] = F.pad(shown, (1, 0), value=2).flatten().float()  # CLS, then shapes
+    net.score = lambda *given: score
+    looked = evaluation.on_shapes(net, tokenizer, samples)
+    some = shown[shown.sum(2) > 0].float()
+    assert looked["chance"] == pytest.approx(float(some.mean()))
+    best = some.sum(1).clamp(max=18).sum() / (18 * len(some))  # of 19 of 37 kept, one is CLS
+    assert looked["layer 0"] == looked["layer 3"] == pytest.approx(float(best)) and len(looked) == 3
+    assert evaluation.on_shapes(models.build(replace(c, keep=(1.0,) * 4)), tokenizer, samples) == {}
