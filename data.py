@@ -759,13 +759,17 @@ def picture(frames: list[np.ndarray], kept: list[dict[int, Tensor]]) -> bytes:
             if keep[layer][0]:
                 tiles[-1][1:3, 4:] = (40, 90, 200)
         columns.append(np.concatenate(tiles))
-    image = np.pad(np.hstack(columns), ((0, 4), (0, 4), (0, 0)), constant_values=255)
+    return png(np.pad(np.hstack(columns), ((0, 4), (0, 4), (0, 0)), constant_values=255))
+
+
+def png(image: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 -> the file"""
     raw = np.pad(image.reshape(len(image), -1), ((0, 0), (1, 0)))  # a row begins with 0: no filter
     header = struct.pack(">2I5B", image.shape[1], len(image), 8, 2, 0, 0, 0)
-    png = b"\x89PNG\r\n\x1a\n"
+    file = b"\x89PNG\r\n\x1a\n"
     for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(raw, 9)), (b"IEND", b"")):
-        png += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return png
+        file += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return file
 
 
 Source = World | Folder

@@ -18,6 +18,7 @@ import textwrap
 import time
 import warnings
 import weakref
+from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -304,20 +305,39 @@ def free_run(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample], thresh
     return said
 
 
-def narrate(watcher: Watcher, frames: Iterator[np.ndarray], fps: float, query: str, drawing: Path) -> None:
-    """Print what the model says of a stream as frames arrive, each with its time; draw the last twelve."""
-    shown, count, began = deque(maxlen=12), 0, time.perf_counter()
+def narrate(watcher: Watcher, frames: Iterator[np.ndarray], fps: float, query: str, drawing: Path,
+            html: str = "") -> None:
+    """Print what the model says of a stream as frames arrive, each with its time; draw the last twelve.
+
+    html: file for a page of all of them, which are then held in memory
+    """
+    shown, count, began = deque(maxlen=None if html else 12), 0, time.perf_counter()
     for count, frame in enumerate(frames, 1):
         asked = [[Turn(0, "user", query)]] if count == 1 else None
         said = watcher.watch(data.stack([frame[None]]), asked)[0]
         if said:
             print(printable(f"{(count - 1) / fps:7.1f} s  {said.text}"), flush=True)
-        shown.append((frame, {layer: keep[0] for layer, keep in watcher.kept.items()}))
-    took = time.perf_counter() - began
-    write(drawing, lambda path: path.write_bytes(data.picture(*zip(*shown, strict=True))))
+        shown.append((frame, {layer: keep[0] for layer, keep in watcher.kept.items()}, said and said.text))
+    took, (pictures, kept, texts) = time.perf_counter() - began, zip(*shown, strict=True)
+    write(drawing, lambda path: path.write_bytes(data.picture(pictures[-12:], kept[-12:])))
+    if html:
+        text = page(query, fps, pictures, kept, texts)
+        write(Path(html), lambda path: path.write_text(text))
+        print(f"{html}: a page of all {count} frames")
     print(f"{count} frames, {count / fps:.1f} s of video in {took:.1f} s: {1000 * took / count:.0f} ms each\n"
           f"tokens in the cache of each layer: {', '.join(map(str, watcher.computed()[0].tolist()))}\n"
           f"routing drawn in {drawing}")
+
+
+def page(title: str, fps: float, frames: Sequence[np.ndarray], kept: Sequence[dict[int, Tensor]],
+         said: Sequence[str | None]) -> str:
+    """A stream as HTML that needs nothing else: a slider, what routed layers computed, what was said"""
+    rows = {layer: ["".join(str(int(k)) for k in keep[layer]) for keep in kept] for layer in sorted(kept[0])}
+    stream = {"title": title, "fps": fps, "frames": [b64encode(data.png(f)).decode() for f in frames],
+              "kept": rows, "said": [text if text is None else printable(text) for text in said]}
+    before, after = (Path(__file__).parent / "assets" / "watch.html").read_text().split("null/*", 1)
+    script = json.dumps(stream).replace("<", "\\u003c")  # so that no text ends the script
+    return before + script + after.split("*/", 1)[1]
 
 
 # --- questions and their answers ----------------------------------------------------------------------------
@@ -539,6 +559,65 @@ def report(folder: Path, model: VideoLM, tokenizer: Tokenizer, source: data.Sour
     print(f"the routing of the first is drawn in {folder / 'routing.png'}")
 
 
+Curve = list[tuple[float, float, float]]  # x, y, standard error of y
+PALETTE = ("#285ac8", "#c8402a", "#2a8c4a", "#a06cd0", "#b07800", "#208a9a", "#606060")
+
+
+def chart(title: str, across: str, up: str, curves: dict[str, Curve]) -> str:
+    """An SVG of points with their errors; those of a curve are joined, and its name stands at the last."""
+    xs = [x for curve in curves.values() for x, _, _ in curve]
+    ys = [v for curve in curves.values() for _, y, e in curve for v in (y - e, y + e)]
+    margins = [0.06 * (max(v) - min(v) or 1) for v in (xs, ys)]
+    (left, right), (low, high) = ((min(v) - m, max(v) + m) for v, m in zip((xs, ys), margins, strict=True))
+    parts = [f'<rect width="720" height="370" fill="#fff"/><text x="60" y="28" font-size="15">{title}</text>',
+             f'<text x="300" y="358" text-anchor="middle">{across}</text>',
+             f'<text transform="translate(14 180) rotate(-90)" text-anchor="middle">{up}</text>']
+    for i in range(5):  # the grid
+        x, y, value = 60 + 120 * i, 310 - 65 * i, left + (right - left) * i / 4
+        parts.append(f'<path d="M60 {y}H540" stroke="#ddd"/><text x="54" y="{y + 4}" text-anchor="end">'
+                     f'{low + (high - low) * i / 4:.0%}</text><text x="{x}" y="330" text-anchor="middle">'
+                     f'{f"{value:.0%}" if right < 2 else round(value)}</text>')
+    names: list[tuple[float, float]] = []  # where some stand
+    for (name, curve), colour in zip(curves.items(), itertools.cycle(PALETTE), strict=False):
+        at = [(60 + 480 * (x - left) / (right - left), 310 - 260 * (y - low) / (high - low),
+               260 * error / (high - low)) for x, y, error in curve]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in at)
+        parts.append(f'<g stroke="{colour}"><title>{name}</title><polyline points="{line}" fill="none"/>')
+        parts += [f'<path d="M{x:.1f} {y - e:.1f}v{2 * e:.1f}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" '
+                  f'fill="{colour}"/>' for x, y, e in at]
+        x, y, _ = at[-1]
+        while any(abs(x - other) < 150 and abs(y - above) < 12 for other, above in names):
+            y += 1
+        names.append((x, y))
+        parts.append(f'</g><text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
+    return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 370" font-family="sans-serif" '
+            'font-size="12">\n' + "\n".join(parts) + "\n</svg>\n")
+
+
+def mean_of(values: list[float]) -> tuple[float, float]:
+    """Mean and standard error"""
+    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def charts(rows: list[dict]) -> dict[str, str]:
+    """What the runs of the sweep `scene` show -> name of a picture, the picture"""
+    runs: dict[str, list[dict]] = {}
+    for row in rows:
+        runs.setdefault(row["run"].rsplit("-seed", 1)[0], []).append(row)
+    quality = {name: [(same[0]["flops_of_dense"],
+                       *mean_of([row["free_running"]["lm_correctness"] for row in same]))]
+               for name, same in runs.items()}
+    looks: dict[str, Curve] = {}
+    for step, shares in runs["interleaved"][0]["on_shapes_at"].items():
+        for where in shares:
+            values = [row["on_shapes_at"][step][where] for row in runs["interleaved"]]
+            looks.setdefault(where, []).append((int(step), *mean_of(values)))
+    return {"quality.svg": chart("Quality against cost", "FLOPs of a training step, of the dense one's",
+                                 "LM-Correctness", quality),
+            "router.svg": chart("Kept patches that show a shape, interleaved, keep 0.2", "training step",
+                                "share of the kept patches", looks)}
+
+
 MARKED = re.compile(r"(<!-- table: (\S+)(.*?) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
 
@@ -561,6 +640,9 @@ def print_tables(folder: str) -> None:
         text = render(page.read_text(), root / "results")
         write(page, lambda unfinished, text=text: unfinished.write_text(text))
         print(f"{page}: {len(MARKED.findall(text))} tables")
+    scenes = root / "results" / "scene.json"
+    for name, picture in charts(json.loads(scenes.read_text())).items() if scenes.exists() else ():
+        write(root / "assets" / name, lambda unfinished, picture=picture: unfinished.write_text(picture))
 
 
 def table(rows: list[dict] | dict, names: Sequence[str] = (), base: str = "dense") -> str:
@@ -596,7 +678,7 @@ def spread(values: list[float], form: str) -> str:
     """Mean +- standard error"""
     if len({form.format(v) for v in values}) < 2:
         return form.format(values[0]) if values else "-"
-    return f"{form.format(fmean(values))} ± {form.format(stdev(values) / len(values) ** 0.5)}"
+    return " ± ".join(map(form.format, mean_of(values)))
 
 
 def difference(a: list[float], b: list[float]) -> str:
@@ -1054,6 +1136,7 @@ class EvalConfig:
     streams: int = opt(64, "held-out streams to evaluate on")
     threshold: float = opt(0.0, "speak where silence is less likely than this (theta of VideoLLM-online)")
     query: str = opt(data.QUERY, "with --watch: what to ask before the first frame")
+    html: str = opt("", "file for a page of the stream watched: --watch, or else one of the embedded world")
     window: int = opt(0, "with --watch: frames to remember, 0: all")
     compile: bool = opt(False, "compile the model")
     partial: bool = opt(False, "with --watch: use what can be decoded of a damaged video")
@@ -1063,6 +1146,22 @@ class EvalConfig:
         models.check_fields(self, may_be_zero=("window", "threshold"))
         if self.threshold > 1:
             raise ValueError(f"threshold must be at most 1, got {self.threshold}")
+
+
+def watch(cfg: EvalConfig, model: VideoLM, tokenizer: Tokenizer, trained: dict, drawing: Path) -> None:
+    """--watch, or --html alone"""
+    watcher = Watcher(model, tokenizer, torch.zeros(1).long(), cfg.threshold, cfg.window or None)
+    size, fps, query = model.config.image_size, trained["fps"], cfg.query
+    if cfg.watch:
+        video = data.read_video(Path(cfg.watch), fps, size, cfg.partial)
+    else:
+        world = data.TASKS.get("" if trained["data"] else trained["task"])
+        if world is None or world.asks:
+            raise ValueError(f"watch must be given with html for the task {trained['task']}, got no video")
+        sample = world(size).held_out(1)[0]
+        query, video = sample.turns[0].text, (frame for frame in sample.frames)
+    with contextlib.closing(video) as frames:  # also where the watching is broken off
+        narrate(watcher, frames, fps, query, drawing, cfg.html)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1085,11 +1184,8 @@ def main(argv: list[str] | None = None) -> None:
         return print(f"{cfg.merge}: {folder} without adapters")
     if cfg.compile:
         compile_layers(model)
-    if cfg.watch:
-        watcher = Watcher(model, tokenizer, torch.zeros(1).long(), cfg.threshold, cfg.window or None)
-        video = data.read_video(Path(cfg.watch), trained["fps"], model.config.image_size, cfg.partial)
-        with contextlib.closing(video) as frames:  # also where the watching is broken off
-            return narrate(watcher, frames, trained["fps"], cfg.query, folder / "watch.png")
+    if cfg.watch or cfg.html:
+        return watch(cfg, model, tokenizer, trained, folder / "watch.png")
     source = data.open_source(**trained, size=model.config.image_size)
     encode_once(source, model, folder.parent / "features")
     if cfg.arank:

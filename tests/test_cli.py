@@ -25,7 +25,7 @@ SMALL = ["--steps", "1", "--batch", "1", "--streams", "1", "--device", "cpu"]
     (train.main, ["--preset", "huge"], "preset must be one of tiny, .*, got huge"),
     (train.main, ["--router", "magic"], "router must be one of learned, .*, got magic"),
     (train.main, ["--gate", "tanh"], "gate must be one of sigmoid, .*, got tanh"),
-    (train.main, ["--task", "chess"], "task must be one of narration, vqa, .*, got chess"),
+    (train.main, ["--task", "chess"], "task must be one of narration, scene, .*, got chess"),
     (train.main, ["--steps", "0"], "steps must be above 0 and below .*, got 0"),
     (train.main, ["--seed", "-1"], "seed must be at least 0 and below .*, got -1"),
     (train.main, ["--steps", "many"], "invalid int value: 'many'"),
@@ -69,7 +69,7 @@ def test_a_run_is_trained_evaluated_and_drawn(tmp_path, capsys, monkeypatch):
     evaluation.main(["--streams", "1", "--device", "cpu"])  # the newest run in out/
     assert capsys.readouterr().out.startswith("out/mine: 1 held-out streams")
     result = json.loads(Path("out/mine/eval.json").read_text())
-    assert set(result) == {"streams", "threshold", "teacher_forced", "free_running"}
+    assert set(result) == {"streams", "threshold", "teacher_forced", "free_running", "on_shapes"}
     assert Path("out/mine/routing.png").read_bytes().startswith(b"\x89PNG")
 
 

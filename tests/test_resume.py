@@ -16,7 +16,8 @@ SMALL = ["--batch", "2", "--streams", "2", "--save_every", "2", "--warmup", "2",
 
 def log(folder):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "peak_memory")} for line in lines]
+    differs = {"seconds", "peak_memory"}
+    return [{key: value for key, value in line.items() if key not in differs} for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -136,3 +137,26 @@ def test_what_a_router_looks_at_is_counted_against_chance():
     best = some.sum(1).clamp(max=18).sum() / (18 * len(some))  # of 19 of 37 kept, one is CLS
     assert looked["layer 0"] == looked["layer 3"] == pytest.approx(float(best)) and len(looked) == 3
     assert evaluation.on_shapes(models.build(replace(c, keep=(1.0,) * 4)), tokenizer, samples) == {}
+
+
+def test_a_chart_is_an_svg_that_shows_each_curve_inside_its_frame_and_no_two_names_at_one_place():
+    curves = {f"row {n}": [(0.5, 0.9, 0.01)] for n in range(9)} | {"line": [(0.1, 0.2, 0.0), (0.9, 0.4, 0.1)]}
+    svg = ElementTree.fromstring(evaluation.chart("title", "across", "up", curves))
+    texts = {t.text: t for t in svg.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"title", "across", "up", *curves} <= texts.keys()
+    names = [(texts[name].get("x"), texts[name].get("y")) for name in curves]
+    assert len(set(names)) == len(names)
+    for circle in svg.iter("{http://www.w3.org/2000/svg}circle"):
+        assert 60 <= float(circle.get("cx")) <= 540 and 50 <= float(circle.get("cy")) <= 310
+    one = evaluation.chart("t", "a", "u", {"only": [(1.0, 0.5, 0.0)]})  # no span at all
+    assert "nan" not in one and "inf" not in one
+
+
+def test_the_charts_of_a_sweep_have_a_point_a_row_and_a_curve_a_routed_layer():
+    rows = [{"run": f"{name}-seed{seed}", "seed": seed, "flops_of_dense": 0.7, "free_running": {
+        "lm_correctness": 0.9 + seed / 100}, "on_shapes_at": {"40": {"layer 1": 0.5, "chance": 0.3},
+                                                              "80": {"layer 1": 0.6, "chance": 0.3}}}
+            for name in ("dense", "interleaved") for seed in range(2)]
+    made = evaluation.charts(rows)
+    assert made["quality.svg"].count("<circle") == 2 and made["router.svg"].count("<circle") == 4
+    assert "layer 1" in made["router.svg"] and "chance" in made["router.svg"]
