@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from html import escape
 from pathlib import Path
 from statistics import fmean, median, quantiles, stdev
 from typing import NamedTuple
@@ -489,14 +490,16 @@ def on_shapes(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample]) -> di
 
     Of frames with shapes; "chance" is the share of all their patches. {} where no layer chooses.
     """
-    b, out = hear(model, tokenizer, samples)
+    was_training = model.training
+    b, out = hear(model.eval(), tokenizer, samples)
+    model.train(was_training)
     colours = torch.tensor(list(data.COLOURS.values()))[:, None, None, :, None, None]
     painted = (b.frames == colours).all(3).any(0)  # (colours, B, F, 3, S, S) -> (B, F, S, S)
     shows = F.adaptive_max_pool2d(painted.float(), model.config.pool).flatten(2) > 0  # (B, F, P - 1)
     some, vision, share = shows.any(-1), b.tokens == data.VISION, {}
     for layer, keep in out.keep.items():
         kept = keep.cpu()[vision].view(*shows.shape[:2], -1)[..., 1:]  # (B, F, P - 1), CLS is no patch
-        if 0 < model.config.keep[layer]:
+        if kept[some].any():
             share[f"layer {layer}"] = float(shows[some][kept[some]].float().mean())
     return share | {"chance": float(shows[some].float().mean())} if share else {}
 
@@ -575,21 +578,21 @@ def chart(title: str, across: str, up: str, curves: dict[str, Curve]) -> str:
     for i in range(5):  # the grid
         x, y, value = 60 + 120 * i, 310 - 65 * i, left + (right - left) * i / 4
         parts.append(f'<path d="M60 {y}H540" stroke="#ddd"/><text x="54" y="{y + 4}" text-anchor="end">'
-                     f'{low + (high - low) * i / 4:.0%}</text><text x="{x}" y="330" text-anchor="middle">'
+                     f'{low + (high - low) * i / 4:.1%}</text><text x="{x}" y="330" text-anchor="middle">'
                      f'{f"{value:.0%}" if right < 2 else round(value)}</text>')
     names: list[tuple[float, float]] = []  # where some stand
     for (name, curve), colour in zip(curves.items(), itertools.cycle(PALETTE), strict=False):
         at = [(60 + 480 * (x - left) / (right - left), 310 - 260 * (y - low) / (high - low),
                260 * error / (high - low)) for x, y, error in curve]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in at)
-        parts.append(f'<g stroke="{colour}"><title>{name}</title><polyline points="{line}" fill="none"/>')
+        parts.append(f'<g stroke="{colour}"><polyline points="{line}" fill="none"/>')
         parts += [f'<path d="M{x:.1f} {y - e:.1f}v{2 * e:.1f}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" '
                   f'fill="{colour}"/>' for x, y, e in at]
         x, y, _ = at[-1]
         while any(abs(x - other) < 150 and abs(y - above) < 12 for other, above in names):
             y += 1
         names.append((x, y))
-        parts.append(f'</g><text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
+        parts.append(f'</g><text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="{colour}">{escape(name)}</text>')
     return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 370" font-family="sans-serif" '
             'font-size="12">\n' + "\n".join(parts) + "\n</svg>\n")
 
@@ -601,14 +604,12 @@ def mean_of(values: list[float]) -> tuple[float, float]:
 
 def charts(rows: list[dict]) -> dict[str, str]:
     """What the runs of the sweep `scene` show -> name of a picture, the picture"""
-    runs: dict[str, list[dict]] = {}
-    for row in rows:
-        runs.setdefault(row["run"].rsplit("-seed", 1)[0], []).append(row)
+    runs = {name: list(same.values()) for name, same in by_run(rows).items()}
     quality = {name: [(same[0]["flops_of_dense"],
                        *mean_of([row["free_running"]["lm_correctness"] for row in same]))]
                for name, same in runs.items()}
     looks: dict[str, Curve] = {}
-    for step, shares in runs["interleaved"][0]["on_shapes_at"].items():
+    for step, shares in runs["interleaved"][0]["on_shapes_at"].items() if "interleaved" in runs else ():
         for where in shares:
             values = [row["on_shapes_at"][step][where] for row in runs["interleaved"]]
             looks.setdefault(where, []).append((int(step), *mean_of(values)))
@@ -625,7 +626,7 @@ def render(text: str, folder: Path) -> str:
     """Make the tables between markers of what these name, `table: FILE.json [ROW ...] [against ROW]`"""
     def made(found: re.Match) -> str:
         rows, (names, _, base) = json.loads((folder / found[2]).read_text()), found[3].partition("against")
-        return found[1] + table(rows, names.split(), base.strip() or "dense") + found[4]
+        return found[1] + table(rows, names.split(), base.strip()) + found[4]
 
     return MARKED.sub(made, text)
 
@@ -633,8 +634,8 @@ def render(text: str, folder: Path) -> str:
 def print_tables(folder: str) -> None:
     """Renew the tables of the READMEs; or print that of a folder of runs, also written to folder.json"""
     if folder := folder.rstrip("/"):
-        write_json(Path(f"{folder}.json"), data.collect(Path(folder)))
-        return print(table(json.loads(Path(f"{folder}.json").read_text())))
+        write_json(Path(f"{folder}.json"), rows := data.collect(Path(folder)))
+        return print(table(rows))
     root = Path(__file__).parent
     for page in (root / "README.md", root / "results" / "README.md"):
         text = render(page.read_text(), root / "results")
@@ -645,32 +646,47 @@ def print_tables(folder: str) -> None:
         write(root / "assets" / name, lambda unfinished, picture=picture: unfinished.write_text(picture))
 
 
-def table(rows: list[dict] | dict, names: Sequence[str] = (), base: str = "dense") -> str:
+def by_run(rows: list[dict]) -> dict[str, dict[int, dict]]:
+    """Rows by the name of their run without its seed, and by that; all must have been evaluated alike"""
+    runs: dict[str, dict[int, dict]] = {}
+    for row in rows:
+        same = runs.setdefault(re.sub(r"-seed\d+$", "", row["run"]), {})
+        if other := same.get(row["seed"]):
+            raise ValueError(f"a table must have one run of a seed, got {other['run']} and {row['run']}")
+        same[row["seed"]] = row
+    how = sorted({str([row.get(key) for key in ("streams", "questions", "threshold")]) for row in rows})
+    if len(how) > 1:
+        raise ValueError(f"the runs of a table must be evaluated alike, got {' and '.join(how)}")
+    return runs
+
+
+def table(rows: list[dict] | dict, names: Sequence[str] = (), base: str = "") -> str:
     """Markdown, free-running: the mean of all seeds of a run +- its standard error, and how far from the base
 
-    names: of runs, as rows in this order; none: all
+    names: of runs, as rows in this order; none: all.  base: of the runs compared with, by default dense
     """
     if isinstance(rows, dict):
         return speed_table(rows["rows"], "stream" in names)
-    runs: dict[str, dict[int, dict]] = {}
-    for row in rows:
-        runs.setdefault(row["run"].rsplit("-seed", 1)[0], {})[row["seed"]] = row["free_running"]
+    runs = {name: {seed: row["free_running"] for seed, row in same.items()}
+            for name, same in by_run(rows).items()}
     names = names or sorted(runs)
-    if missing := [name for name in {*names, base} & {*names} if name not in runs]:
+    if missing := [name for name in (*names, base or names[0]) if name not in runs]:
         raise ValueError(f"the rows of a table must be runs of its file, got {missing[0]}")
+    base = base or "dense"
+    beside = runs.get(base, {})
     known = {key for name in names for values in runs[name].values() for key in values}
     columns = [metric for metric in METRICS if metric[1] in known and metric[0][0] != " "]
     main = next(key for key in ("lm_correctness", "accuracy") if key in known)
-    compared = base in runs and min(len(runs[name]) for name in names) > 1
+    uneven, compared = len({len(runs[name]) for name in names}) > 1, len(beside) > 1
     lines = [["run", *(title for title, _, _ in columns), *([f"against `{base}`"] if compared else [])]]
     for name in names:
-        values = ([run[key] for run in runs[name].values() if key in run] for _, key, _ in columns)
-        line = [f"`{name}`", *(spread(v, form) for v, (_, _, form) in zip(values, columns, strict=True))]
-        if compared:
-            seeds = sorted(runs[name].keys() & runs[base].keys())
-            line.append("" if name == base else difference([runs[name][n][main] for n in seeds],
-                                                           [runs[base][n][main] for n in seeds]))
-        lines.append(line)
+        line = [f"`{name}`" + f" ({len(runs[name])} seeds)" * uneven]
+        line += [spread([run[key] for run in runs[name].values() if key in run], form)
+                 for _, key, form in columns]
+        apart = [runs[name][n][main] - beside[n][main] for n in sorted(runs[name].keys() & beside.keys())]
+        told = len(apart) > 1 and name != base
+        cell = f"{100 * fmean(apart):+.1f} points (p {students_p(apart):.3f})" if told else ""
+        lines.append([*line, cell] if compared else line)
     return grid(lines)
 
 
@@ -681,12 +697,6 @@ def spread(values: list[float], form: str) -> str:
     return " ± ".join(map(form.format, mean_of(values)))
 
 
-def difference(a: list[float], b: list[float]) -> str:
-    """Mean of a - b, pair by pair, and the two-sided p of Student's t for them"""
-    apart = [x - y for x, y in zip(a, b, strict=True)]
-    return f"{fmean(apart):+.1%} (p {students_p(apart):.3f})"
-
-
 def students_p(apart: list[float]) -> float:
     """How often a sample would have a mean at least so far from 0, were that the mean of all (t-test)
 
@@ -694,8 +704,8 @@ def students_p(apart: list[float]) -> float:
     """
     n, error = len(apart), stdev(apart) / len(apart) ** 0.5
     angle = math.atan2(abs(fmean(apart)), error * (n - 1) ** 0.5)
-    tail, whole = (np.trapezoid(np.cos(x) ** (n - 2), x)
-                   for x in (np.linspace(start, math.pi / 2, 10_001) for start in (angle, 0.0)))
+    tail, whole = (torch.trapezoid(x.cos() ** (n - 2), x)
+                   for x in (torch.linspace(a, math.pi / 2, 10_001).double() for a in (angle, 0.0)))
     return float(tail / whole)
 
 
@@ -1150,6 +1160,8 @@ class EvalConfig:
 
 def watch(cfg: EvalConfig, model: VideoLM, tokenizer: Tokenizer, trained: dict, drawing: Path) -> None:
     """--watch, or --html alone"""
+    if cfg.html and (Path(cfg.html).is_dir() or not Path(cfg.html).parent.is_dir()):
+        raise ValueError(f"html must name a file in a folder that is there, got {cfg.html}")
     watcher = Watcher(model, tokenizer, torch.zeros(1).long(), cfg.threshold, cfg.window or None)
     size, fps, query = model.config.image_size, trained["fps"], cfg.query
     if cfg.watch:

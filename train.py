@@ -13,10 +13,11 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,9 @@ TASK_DEFAULTS = {
             "masked": "question+answer", "routing_loss": 0.01, "steps": 1200}}
 PRETRAINED_DEFAULTS = {"adam_lr": 0.0002}  # as in the paper
 SWEEPS = {  # rows of the papers' tables, the flags that make them; DENSE: the dense run of the same seed
+    "narration": """
+        dense                --plan dense
+        interleaved          --plan interleaved""",
     "scene": """
         dense                --plan dense
         early-exit           --plan early-exit
@@ -391,6 +395,10 @@ def peak_memory(device: torch.device) -> int:
     """Bytes that this process has had at most, on a GPU those of its tensors"""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # there is none on Windows
+    except ImportError:
+        return 0
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes * (1 if sys.platform == "darwin" else 1024)  # there, it is bytes
 
@@ -447,7 +455,7 @@ def learn(cfg: TrainConfig, device: torch.device) -> data.Source:
     return source
 
 
-def sweep(name: str, seeds: int, jobs: int, flags: list[str]) -> None:
+def sweep(name: str, seeds: int, jobs: int, flags: dict[str, str]) -> None:
     """Train and evaluate the rows of a table, with several seeds; what is done stays, what was cut goes on.
 
     flags: for all runs -> the runs in out/NAME/, a row each in out/NAME.json
@@ -456,24 +464,41 @@ def sweep(name: str, seeds: int, jobs: int, flags: list[str]) -> None:
         raise ValueError(f"sweep must be one of {', '.join(SWEEPS)}, got {name}")
     folder, rows = Path("out") / name, [line.split() for line in SWEEPS[name].split("\n")[1:]]
     folder.mkdir(parents=True, exist_ok=True)
+    device, asked = flags.pop("device", ""), json.dumps(flags)
+    began = folder / "sweep.json"
+    if began.exists() and began.read_text() != asked:
+        raise ValueError(f"sweep must go on with the flags that {began} holds, got {asked}")
+    write(began, lambda path: path.write_text(asked))
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
+    stopped, running = threading.Event(), []
 
     def train_rows(seed: int) -> None:
         dense = str(folder / f"dense-seed{seed}")
         for row, *how in rows:  # the dense one first: others start from it
             run = folder / f"{row}-seed{seed}"
-            if (run / "eval.json").exists():
+            if stopped.is_set() or (run / "eval.json").exists():
                 continue
             print(time.strftime("%H:%M"), run, flush=True)
-            how = [dense if flag == "DENSE" else flag for flag in ["--task", name, "--seed", str(seed), *how]]
-            again = (run / "model.safetensors").exists()
+            new = [*how, f"--task={name}", f"--seed={seed}", *(f"--{flag}={v}" for flag, v in flags.items())]
+            how = ["--resume"] if (run / "model.safetensors").exists() else new
+            how = [dense if flag == "DENSE" else flag for flag in how] + [f"--device={device}"]
             with open(f"{run}.log", "a") as log:
-                command = [sys.executable, __file__, "--out", run, *(["--resume"] if again else how + flags)]
-                if subprocess.run(command, stdout=log, stderr=log, env=environment).returncode:
+                running.append(subprocess.Popen([sys.executable, __file__, f"--out={run}", *how], stdout=log,
+                                                stderr=log, env=environment))
+                if running[-1].wait() and not stopped.is_set():
+                    stopped.set()
                     raise ValueError(f"{run} must train and be evaluated, its end is in {run}.log")
 
-    with ThreadPoolExecutor(jobs) as threads:
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what follows
+    threads = ThreadPoolExecutor(jobs)
+    try:
         list(threads.map(train_rows, range(seeds)))
+    finally:  # also where one failed or somebody has had enough: no run goes on alone
+        stopped.set()
+        for process in running:
+            process.terminate()
+        threads.shutdown()
+        signal.signal(signal.SIGTERM, before)
     write_json(Path(f"{folder}.json"), data.collect(folder))
     print(f"written to {folder}.json")
 
@@ -492,8 +517,12 @@ def main(argv: list[str] | None = None) -> None:
     if asked.sweep:
         if wrong := sorted(given - {"sweep", "seeds", "jobs", "steps", "streams", "device"}):
             raise ValueError(f"sweep must not be given with {wrong[0]}, which its rows have, got both")
-        rest = [f"--{name}={getattr(asked, name)}" for name in sorted(given & {"steps", "streams", "device"})]
-        return sweep(asked.sweep, asked.seeds, asked.jobs, rest)
+        if RANKS > 1:
+            raise ValueError(f"sweep must be started by one process, got {RANKS} of torchrun")
+        flags = {name: str(getattr(asked, name)) for name in sorted(given & {"steps", "streams", "device"})}
+        return sweep(asked.sweep, asked.seeds, asked.jobs, flags)
+    if alone := sorted(given & {"seeds", "jobs"}):
+        raise ValueError(f"{alone[0]} must be given with sweep, got no sweep")
     cfg = settings(TrainConfig(**{f.name: getattr(asked, f.name) for f in fields(TrainConfig)}), given)
     device, folder = models.pick_device(cfg.device), cfg.folder
     if RANKS > 1 and device.type == "cuda":

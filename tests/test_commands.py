@@ -29,7 +29,7 @@ def commands() -> list[list[str]]:
     return [[PLACES.get(word, word.replace("DIR/", "clips/")) for word in line] for line in words]
 
 
-def test_every_command_of_the_readmes_runs(tmp_path, monkeypatch, capsys):
+def test_every_command_of_the_readmes_runs(tmp_path, monkeypatch):
     if not importlib.util.find_spec("tokenizers") or not shutil.which("ffmpeg"):
         pytest.skip("some need the package tokenizers and the program ffmpeg")
     monkeypatch.chdir(tmp_path)
@@ -44,7 +44,7 @@ def test_every_command_of_the_readmes_runs(tmp_path, monkeypatch, capsys):
         {"time": 1.0, "role": "assistant", "content": "A taxi passes."}]})
     monkeypatch.setitem(evaluation.PROFILES, "tiny", ([(1, 2, 1)], [(1, 2)], [1], [8], [1]))
     monkeypatch.setitem(evaluation.PROFILES, "llama3-8b", ([], [], [], [], []))  # counted in test_speed.py
-    monkeypatch.setattr(train, "sweep", lambda *asked: capsys.readouterr())
+    monkeypatch.setattr(train, "sweep", lambda *asked: None)
     asked = commands()
     assert len(asked) >= 12 and {"--sweep", "--profile", "--table", "--flops", "--watch"} <= {
         flag for command in asked for flag in command}

@@ -14,7 +14,7 @@ import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BUDGETS = {"README.md": 260, "mod.py": 280, "model.py": 925, "data.py": 835, "train.py": 520, "eval.py": 1200}
+BUDGETS = {"README.md": 260, "mod.py": 280, "model.py": 925, "data.py": 835, "train.py": 550, "eval.py": 1210}
 MAP = re.findall(r"^\| ((?:Eq\.|Sections?|Table) [^,|]+|[\w ]+ of gamma-MoD), [^|]*\| `(\w+)\.(\w+)` "
                  r"\| `tests/\w+\.py` \|$", README, re.M)
 

@@ -2,8 +2,11 @@
 
 import json
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 from xml.etree import ElementTree
 
 import pytest
@@ -18,45 +21,71 @@ import model as models
 import train
 
 
+class Child:
+    """In place of a process that trains: the same, here and now"""
+
+    asked: ClassVar[list[list[str]]] = []
+
+    def __init__(self, command: list[str], **how) -> None:
+        self.asked.append(command[2:])
+        train.main(command[2:])
+
+    def wait(self) -> int:
+        return 0
+
+    def terminate(self) -> None:
+        pass
+
+
 def test_a_sweep_trains_each_row_once_goes_on_where_it_was_cut_and_tables_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(train.SWEEPS, "vqa", """
         dense      --plan dense --preset tiny
         converted  --init DENSE --plan all""")
-    asked, outside = [], subprocess.run
-
-    def run(command, **how):
-        if command[0] == "git":
-            return outside(command, **how)
-        asked.append([str(part) for part in command[2:]])
-        train.main(asked[-1])
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(train.subprocess, "Popen", Child)
+    monkeypatch.setattr(train.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, "", ""))
     sweep = ["--sweep", "vqa", "--seeds", "2", "--steps", "1", "--streams", "2", "--device", "cpu"]
     train.main(sweep)
     names = ["dense-seed0", "converted-seed0", "dense-seed1", "converted-seed1"]
-    assert [argv[1].rpartition("/")[2] for argv in asked] == names
+    assert [argv[0].rpartition("/")[2] for argv in Child.asked] == names
     rows = json.loads(Path("out/vqa.json").read_text())
     assert {row["run"]: row["plan"] for row in rows} == dict(zip(names, ["dense", "all"] * 2, strict=True))
     assert rows[0]["init"].endswith("out/vqa/dense-seed0") and rows[0]["peak_memory"] > 10**7
     assert {"argv", "commit", "device", "torch", "placement"} <= rows[0].keys()
     assert {"accuracy", "step_flops", "seconds_per_step"} <= rows[0]["free_running"].keys()
     Path("out/vqa/dense-seed1/eval.json").unlink()  # as if it had been killed just then
-    asked.clear()
+    Child.asked.clear()
     train.main(sweep)
-    assert [(argv[1], argv[2:]) for argv in asked] == [("out/vqa/dense-seed1", ["--resume"])]
+    assert Child.asked == [["--out=out/vqa/dense-seed1", "--resume", "--device=cpu"]]
     assert len(json.loads(Path("out/vqa.json").read_text())) == len(rows)
     evaluation.main(["out/vqa", "--table"])
     assert "| `converted` | " in capsys.readouterr().out
-    Path("out/vqa/dense-seed1/eval.json").unlink()
-    monkeypatch.setattr(subprocess, "run", lambda command, **how: subprocess.CompletedProcess(command, 2))
-    with pytest.raises(ValueError, match=r"dense-seed1 must train and be evaluated, its end is in .*\.log"):
+    with pytest.raises(ValueError, match=r"sweep must go on with the flags that .*, got .*\"steps\": \"2\""):
+        train.main([*sweep, "--steps", "2"])
+    Path("out/vqa/dense-seed0/eval.json").unlink()
+    monkeypatch.setattr(Child, "wait", lambda self: 2)
+    Child.asked.clear()
+    with pytest.raises(ValueError, match=r"dense-seed0 must train and be evaluated, its end is in .*\.log"):
         train.main(sweep)
+    assert len(Child.asked) == 1
+
+
+def test_who_stops_a_sweep_stops_its_runs(tmp_path):
+    command = [sys.executable, train.__file__, "--sweep", "scene", "--seeds", "2", "--jobs", "2"]
+    begun, deadline = tmp_path / "out" / "scene" / "dense-seed0" / "log.jsonl", time.monotonic() + 120
+    with subprocess.Popen([*command, "--device", "cpu"], cwd=tmp_path, stdout=subprocess.DEVNULL) as sweep:
+        while not begun.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        sweep.terminate()
+        assert sweep.wait(60) == 143
+    length = begun.stat().st_size
+    time.sleep(3)
+    assert begun.stat().st_size == length and not (tmp_path / "out" / "scene.json").exists()
 
 
 @pytest.mark.parametrize(("wrong", "complaint"), [
-    (["--sweep", "nope"], "sweep must be one of scene, forecast, summary, vqa, got nope"),
+    (["--sweep", "nope"], "sweep must be one of narration, scene, forecast, summary, vqa, got nope"),
+    (["--jobs", "2"], "jobs must be given with sweep, got no sweep"),
     (["--sweep", "scene", "--seed", "1"], "sweep must not be given with seed, which its rows have")])
 def test_a_sweep_that_cannot_be_is_refused_in_a_sentence(wrong, complaint):
     with pytest.raises(ValueError, match=complaint):
@@ -94,11 +123,17 @@ def test_a_table_has_means_and_errors_in_the_order_asked_for_and_compares_seed_b
             for name, values in {"a-b": (0.9, 0.8, 0.7), "dense": (0.5, 0.4, 0.3), "c": (0.1, 0.3)}.items()
             for seed, value in enumerate(values)]
     assert evaluation.table(rows, ["dense", "a-b", "c"]).splitlines()[2:] == [
-        "| `dense` | 40.0% ± 5.8% | 50.0% |  |", "| `a-b` | 80.0% ± 5.8% | 50.0% | +40.0% (p 0.000) |",
-        "| `c` | 20.0% ± 10.0% | 50.0% | -25.0% (p 0.344) |"]
+        "| `dense` (3 seeds) | 40.0% ± 5.8% | 50.0% |  |",
+        "| `a-b` (3 seeds) | 80.0% ± 5.8% | 50.0% | +40.0 points (p 0.000) |",
+        "| `c` (2 seeds) | 20.0% ± 10.0% | 50.0% | -25.0 points (p 0.344) |"]
     assert "against `c`" in evaluation.table(rows, ["a-b"], "c")
-    with pytest.raises(ValueError, match="the rows of a table must be runs of its file, got absent"):
-        evaluation.table(rows, ["absent"])
+    for names, base in ((["absent"], ""), ([], "absent")):
+        with pytest.raises(ValueError, match="the rows of a table must be runs of its file, got absent"):
+            evaluation.table(rows, names, base)
+    with pytest.raises(ValueError, match="a table must have one run of a seed, got dense-seed0 and dense"):
+        evaluation.table([*rows, rows[3] | {"run": "dense"}])
+    with pytest.raises(ValueError, match="the runs of a table must be evaluated alike"):
+        evaluation.table([*rows, {"run": "d", "seed": 0, "streams": 8, "free_running": {"accuracy": 0.5}}])
 
 
 def test_only_what_stands_between_markers_is_renewed(tmp_path):
