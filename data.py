@@ -286,10 +286,7 @@ def any_thing(rng: np.random.Generator) -> tuple[str, str]:
 
 
 class Scene(World):
-    """Up to five shapes flash at once; the reply names them in reading order. No one token can hold them all.
-
-    The dense model of the preset tiny learns it in the steps of `narration`, but not quite.
-    """
+    """One to five shapes flash at once; the reply names them in reading order."""
 
     frames = 6
 

@@ -2,6 +2,7 @@
 
     python eval.py [RUN]              evaluate a run (the newest in out/)
     python eval.py RUN --watch VIDEO  narrate a video as its frames arrive
+    python eval.py RUN --html FILE    a page of a stream, or of --watch VIDEO
     python eval.py RUN --arank        the rank of each layer's attention maps
     python eval.py --flops            the papers' costs, and those of this code
     python eval.py --profile          speed and memory, dense beside MoD

@@ -6,6 +6,7 @@
     python train.py --task vqa --plan dense --out out/dense
     python train.py --task vqa --init out/dense --plan arank --out out/gamma
     python train.py --llm DIR --vision DIR --data DIR --gate unit
+    python train.py --sweep NAME    the rows of a table, with several seeds
     torchrun --nproc_per_node=2 train.py    the same steps on two GPUs
 """
 

@@ -1,4 +1,7 @@
-"""Every command of the READMEs runs, from top to bottom; with few steps, and small clips and models."""
+"""The commands of the READMEs run, from top to bottom, with few steps, small clips and models.
+
+All but pytest, torchrun (test_distributed.py), the loops, and what a sweep trains (test_tables.py).
+"""
 
 import importlib.util
 import re

@@ -43,7 +43,7 @@ def test_every_name_command_and_flag_in_the_readme_exists():
         assert name in ("py", "safetensors", "json") or hasattr(importlib.import_module(module), name)
     for path in re.findall(r"`(tests/\w+\.py)`|\((assets/[\w.]+)\)", README):
         assert (ROOT / "".join(path)).is_file()
-    configs = {"train.py": train.TrainConfig, "eval.py": evaluation.EvalConfig}
+    configs = {"train.py": train.Command, "eval.py": evaluation.EvalConfig}
     known = {f"--{f.name}" for config in configs.values() for f in fields(config)}
     assert set(re.findall(r"`?(--\w+)", README)) <= known | {"--nproc_per_node"}  # of torchrun
     for name, rest in re.findall(r"python (train\.py|eval\.py)([^\n`]*)", README):
