@@ -286,20 +286,25 @@ def any_thing(rng: np.random.Generator) -> tuple[str, str]:
 
 
 class Scene(World):
-    """One to five shapes flash at once; the reply names them in reading order."""
+    """Three to five shapes flash at once, each in its colour; the reply names the colours in reading order.
+
+    It begins with the one named at the start of the stream, and goes on at the top after the last. So for
+    each word the last one said has to be found in the picture, and then what comes after it there.
+    """
 
     frames = 6
 
     def draw(self, frames: np.ndarray, rng: np.random.Generator, split: str) -> list[Turn]:
-        turns = [Turn(0, "user", QUERY)]
+        begin, *others = rng.permutation(list(COLOURS))
+        turns = [Turn(0, "user", f"Name the colours, from {begin} on.")]
         for frame in range(self.frames):
-            if rng.random() < 0.6:
-                said = []
-                for cell in np.sort(rng.permutation(9)[: rng.integers(1, 6)]):
-                    colour, shape = any_thing(rng)
-                    self.paint(frames[frame], rng, colour, shape, *divmod(cell, 3))
-                    said.append(f" {colour} {shape}")
-                turns.append(Turn(frame, "assistant", ",".join(said) + "."))
+            if rng.random() < 0.8:
+                colours = rng.permutation([begin, *rng.permutation(others)[: rng.integers(2, 5)]]).tolist()
+                for colour, cell in zip(colours, np.sort(rng.permutation(9)[: len(colours)]), strict=True):
+                    self.paint(frames[frame], rng, colour, any_thing(rng)[1], *divmod(cell, 3))
+                at = colours.index(begin)
+                said = "".join(f" {colour}" for colour in (*colours[at:], *colours[:at]))
+                turns.append(Turn(frame, "assistant", f"{said}."))
         return turns
 
 

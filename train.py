@@ -50,7 +50,7 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # What a task takes where no flag says otherwise (all but the steps if it starts from --init).
 ONE_ANSWER = {"muon_lr": 0.005, "adam_lr": 0.003}  # a stream is harder to learn from than with many replies
 TASK_DEFAULTS = {
-    "scene": {"save_every": 40},
+    "scene": {"preset": "coarse", "muon_lr": 0.01, "adam_lr": 0.003, "steps": 500, "save_every": 50},
     "forecast": {**ONE_ANSWER, "steps": 800},
     "summary": {**ONE_ANSWER, "steps": 500},
     "vqa": {**ONE_ANSWER, "preset": "deep", "keep": 0.5, "router": "shared", "gate": "unit",
