@@ -150,7 +150,7 @@ LARGE = Config(  # what the 7B models share: 32 layers of width 4096, of which a
     lora_rank=128, vision_hidden_size=1024, vision_intermediate_size=4096, vision_layers=24, vision_heads=16)
 PRESETS = {
     "tiny": Config(),
-    "coarse": Config(patch_size=16, pool=3),  # of --task scene: 1 + 3 x 3 tokens a frame, as VideoLLM-MoD
+    "coarse": Config(patch_size=16, pool=3),  # of three tasks: 1 + 3 x 3 tokens a frame, as VideoLLM-MoD
     "deep": Config(num_hidden_layers=8, keep=(1.0,) * 8),  # of --task vqa
     "llama3-8b": replace(  # VideoLLM-MoD: its decoder, an encoder as large as SigLIP-L/16, 1 + 3 x 3 tokens
         LARGE, intermediate_size=14336, num_key_value_heads=8, vocab_size=128256, rope_theta=500000.0,

@@ -50,9 +50,9 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # What a task takes where no flag says otherwise (all but the steps if it starts from --init).
 ONE_ANSWER = {"muon_lr": 0.005, "adam_lr": 0.003}  # a stream is harder to learn from than with many replies
 TASK_DEFAULTS = {
-    "scene": {"preset": "coarse", "muon_lr": 0.01, "adam_lr": 0.003, "steps": 500, "save_every": 50},
-    "forecast": {**ONE_ANSWER, "steps": 800},
-    "summary": {**ONE_ANSWER, "steps": 500},
+    "scene": {"preset": "coarse", "muon_lr": 0.01, "adam_lr": 0.003, "steps": 600, "save_every": 60},
+    "forecast": {**ONE_ANSWER, "preset": "coarse", "steps": 800},
+    "summary": {**ONE_ANSWER, "preset": "coarse", "steps": 500},
     "vqa": {**ONE_ANSWER, "preset": "deep", "keep": 0.5, "router": "shared", "gate": "unit",
             "masked": "question+answer", "routing_loss": 0.01, "steps": 1200}}
 PRETRAINED_DEFAULTS = {"adam_lr": 0.0002}  # as in the paper
