@@ -10,8 +10,9 @@ from strategies import routings
 
 import data
 import mod
+import train
 from data import VQA, Tokenizer, Turn
-from eval import Watcher
+from eval import Watcher, hear
 from mod import MASKED, Groups
 from model import Config, VideoLM, initialise
 
@@ -76,3 +77,15 @@ def test_an_answer_given_token_by_token_is_that_of_one_pass_over_the_same_groups
         assert logits.argmax(-1)[:6].tolist() == batch.tokens[0, -answer:][:6].tolist()
         counts = [int(out.keep[layer].sum()) if layer in out.keep else len(late) for layer in range(4)]
         assert watcher.computed()[b].tolist() == counts
+
+
+def test_each_flag_of_routing_changes_what_is_computed():
+    flags = [{}, {"plan": "all"}, {"plan": "dense"}, {"keep": 0.5}, {"router": "random"},
+             {"router": "uniform"}, {"router": "shared"}, {"gate": "linear"}, {"gate": "unit"},
+             *({"masked": name} for name in MASKED if name != "text")]
+    heard = []
+    for given_flags in flags:
+        model = train.build(train.TrainConfig(task="vqa", **given_flags))
+        heard.append(hear(model, TOKENIZER, VQA(48).held_out(1))[1].hidden)
+    for i, a in enumerate(heard):
+        assert all(not torch.allclose(a, b) for b in heard[:i]), flags[i]

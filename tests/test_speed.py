@@ -79,7 +79,7 @@ def test_gradient_checkpointing_changes_the_memory_and_nothing_else(checkpointin
     net, grads = models.build(c), []
     for net.gradient_checkpointing in (False, checkpointing):
         torch.manual_seed(0)
-        train.batch_loss(net, ready, torch.ones(2), 0.01).backward()
+        train.batch_loss(net, ready, torch.ones(2), 0.01).sum().backward()
         grads.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
         net.zero_grad()
     assert grads[0].keys() == grads[1].keys()
@@ -94,7 +94,7 @@ def test_a_compiled_step_is_one_graph_the_same_step_and_is_compiled_no_more_once
     compiled, graphs = torch.compile(train.batch_loss, backend="aot_eager", fullgraph=True), []
     for number in range(4):
         _, ready = a_step(c, 4, number)
-        losses = [loss_of(m, ready, torch.ones(2), 0.01)
+        losses = [loss_of(m, ready, torch.ones(2), 0.01).sum()
                   for loss_of, m in ((train.batch_loss, plain), (compiled, net))]
         for loss in losses:
             loss.backward()
