@@ -14,11 +14,12 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import threading
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -37,6 +38,8 @@ SYSTEM, DESCRIBE = "Answer the questions about the picture.", "Describe it."
 # --- tokenizer ----------------------------------------------------------------------------------------------
 
 SPECIAL = ("<pad>", "<user>", "<assistant>", "<end>", "<frame>", "<silent>")
+PATIENCE = 60.0  # seconds that a decoder may take for a frame
+CLIP = 2**33  # bytes of decoded frames that a clip may have
 MEMORY = 2**30  # bytes of decoded frames, or of features, that a folder keeps
 VISION = -1  # marks the place of a vision token; it has no row in the embedding table
 
@@ -410,8 +413,9 @@ def read_video(path: Path, fps: float, size: int, partial: bool = False, start: 
     size: S; the picture is turned as its rotation says, shrunk to fit and centred on black
     partial: keep what could be decoded of a damaged file instead of refusing it
     start, end: seconds; only these frames, from and to the first that is not earlier
-    -> yields (S, S, 3) uint8 RGB. Raises ValueError: no ffmpeg, no such file, no frame, damage.
-    Note: nothing but this local file is opened: no protocol, and no container that names other files.
+    -> yields (S, S, 3) uint8 RGB. Raises ValueError: no ffmpeg, no such file, no frame, damage, a stall.
+    Note: nothing but this local file is opened: no protocol, and no container that names other files. A
+    picture of more than 2**26 pixels is damage; a decoder that takes longer than PATIENCE is ended.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path} must be a video file, got no such file")
@@ -426,23 +430,26 @@ def read_video(path: Path, fps: float, size: int, partial: bool = False, start: 
     trim = f"trim=start_pts={grid(start, fps)}"
     if end < math.inf:
         trim = f"tpad=stop_mode=clone:stop_duration=2,{trim}:end_pts={grid(end, fps) + 1}"
-    shape = f"scale={size}:{size}:force_original_aspect_ratio=decrease,pad={size}:{size}:-1:-1"
+    sides = (f"'max(1,min({size},round({size}*{ratio})))'" for ratio in ("iw/ih", "ih/iw"))
+    shape = f"scale={':'.join(sides)},pad={size}:{size}:-1:-1"
     chain = f"fps={float(fps)}:round=up:start_time=0,{trim},setpts=PTS-STARTPTS,{shape}"
     command = [program, "-nostdin", "-v", "error", *([] if partial else ["-xerror"]),
                "-protocol_whitelist", "file", "-format_whitelist", CONTAINERS, "-copyts", "-start_at_zero",
+               "-max_pixels", str(2**26),
                *(["-f", "jpeg_pipe"] if jpeg else []),  # else a large one passes for a pattern of names
                *(["-noaccurate_seek", "-ss", str(start - 10)] if start > 10 else []), "-i", f"file:{path}",
                "-map", "0:v:0", "-vf", chain, "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
-    count = 0
+    count, length = 0, size * size * 3  # frames; bytes of one
     with (tempfile.TemporaryFile() as complaints,
           subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints) as process):
         try:
-            while len(frame := process.stdout.read(size * size * 3)) == size * size * 3:
+            while len(frame := patiently(process, lambda: process.stdout.read(length))) == length:
                 count += 1
                 yield np.frombuffer(frame, np.uint8).reshape(size, size, 3)
-            failed = process.wait() != 0
+            failed = patiently(process, process.wait) != 0
             complaints.seek(0)
-            why = complaints.readline().decode(errors="replace").strip()
+            killed = "its decoder stalled" if process.returncode < 0 else ""
+            why = killed or complaints.readline().decode(errors="replace").strip()
         finally:  # also when whoever asked for frames has had enough
             process.kill()
     if not count:
@@ -450,6 +457,16 @@ def read_video(path: Path, fps: float, size: int, partial: bool = False, start: 
     if (failed or why) and not partial:  # ffmpeg can report damage and yet exit with 0
         raise ValueError(f"{path} must decode whole, got {count} frames, then: "
                          f"{why or 'the file ends early'} (--partial keeps them)")
+
+
+def patiently(process: subprocess.Popen, ask: Callable[[], object]) -> object:
+    """What is asked of a process, which is ended if it takes too long."""
+    alarm = threading.Timer(PATIENCE, process.kill)
+    alarm.start()
+    try:
+        return ask()
+    finally:
+        alarm.cancel()
 
 
 class Clip(NamedTuple):
@@ -540,8 +557,13 @@ class Folder:
         self.encoder, self.memory = (encoder, cache, key), {}
 
     def decode(self, clip: Clip) -> np.ndarray:
-        """-> (F, S, S, 3) uint8"""
-        return np.stack(list(read_video(clip.video, self.fps, self.size, self.partial, clip.start, clip.end)))
+        """-> (F, S, S, 3) uint8. Raises ValueError: more than CLIP bytes, and as read_video does."""
+        video = read_video(clip.video, self.fps, self.size, self.partial, clip.start, clip.end)
+        most = CLIP // (3 * self.size**2)
+        frames = list(islice(video, most + 1))
+        if len(frames) > most:
+            raise ValueError(f"{clip.video} must have at most {most} frames (start and end cut it), got more")
+        return np.stack(frames)
 
     @torch.no_grad()
     def features(self, clip: Clip) -> np.ndarray:
@@ -554,8 +576,13 @@ class Folder:
         file = cache / f"{name}.safetensors"
         if not file.exists():
             parts = [encoder(part).float().cpu() for part in stack([self.decode(clip)])[0].split(64)]
-            save_file({"features": torch.cat(parts)}, unfinished := cache / f"{name}.{os.getpid()}.partial")
-            os.replace(unfinished, file)
+            unfinished = cache / f"{name}.{os.getpid()}.partial"
+            try:
+                save_file({"features": torch.cat(parts)}, unfinished)
+                os.replace(unfinished, file)
+            except (OSError, SafetensorError) as error:
+                unfinished.unlink(missing_ok=True)
+                raise ValueError(f"{file} must be written whole: {error}") from None
         try:
             return load_file(file)["features"].numpy()
         except (OSError, SafetensorError, KeyError) as error:
@@ -821,13 +848,15 @@ def collect(folder: Path) -> list[dict]:
         try:
             result = json.loads(file.read_text())
             first, *steps = map(json.loads, (file.parent / "log.jsonl").read_text().splitlines())
-            result["free_running"] |= {"step_flops": first["flops_of_dense"], "seconds_per_step": round(
-                median(step["seconds"] for step in steps), 4)}
+            seconds = round(median(step["seconds"] for step in steps), 4)
+            numbers = {"step_flops": first["flops_of_dense"], "seconds_per_step": seconds}
+            result["free_running"] = {k: float(v) for k, v in (result["free_running"] | numbers).items()}
+            first["seed"] = int(first["seed"])
             first["peak_memory"] = max(step.get("peak_memory", 0) for step in steps)
             first["on_shapes_at"] = {step["step"] + 1: step["on_shapes"] for step in steps
                                      if step.get("on_shapes")}
             rows.append({"run": file.parent.name, **first, **result})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{file.parent} must be an evaluated run: {error!r}") from None
     if rows:
         return rows

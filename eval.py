@@ -677,7 +677,9 @@ def table(rows: list[dict] | dict, names: Sequence[str] = (), base: str = "") ->
     beside = runs.get(base, {})
     known = {key for name in names for values in runs[name].values() for key in values}
     columns = [metric for metric in METRICS if metric[1] in known and metric[0][0] != " "]
-    main = next(key for key in ("lm_correctness", "accuracy") if key in known)
+    main = next((key for key in ("lm_correctness", "accuracy") if key in known), "")
+    if not main:
+        raise ValueError(f"the rows of a table must have scores, got {', '.join(sorted(known)) or 'none'}")
     uneven, compared = len({len(runs[name]) for name in names}) > 1, len(beside) > 1
     lines = [["run", *(title for title, _, _ in columns), *([f"against `{base}`"] if compared else [])]]
     for name in names:
@@ -806,7 +808,8 @@ class Alive(TorchDispatchMode):
         super().__init__()
         self.now, self.most, self.known = 0, 0, WeakIdKeyDictionary()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Callable, types: object, args: tuple = (),
+                           kwargs: dict | None = None) -> object:
         tree_map_only(Tensor, self.count, args)
         return tree_map_only(Tensor, self.count, function(*args, **(kwargs or {})))
 
