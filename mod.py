@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,6 @@ def rank_placement(ranks: list[float], keep_ratio: float, dense_layers: int = 0)
 
 # --- which: groups, scores, selection -----------------------------------------------------------------------
 
-
 MASKED: dict[str, tuple[str, ...]] = {  # whose text belongs to no group, so that it never skips
     "text": ("system", "user", "assistant"),  # VideoLLM-MoD; the others are of gamma-MoD
     "none": (), "question": ("user",), "question+answer": ("user", "assistant")}  # the paper: "question"
@@ -154,7 +154,7 @@ class Router(nn.Module):
     x: (B, T, D) hidden states as they enter the layer -> (B, T) scores of any scale
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))  # model.initialise draws it, as all weights
 
@@ -254,7 +254,7 @@ def computed(keep: tuple[float, ...], text: int, frames: int, tokens_per_frame: 
     return [text + frames * capacity(tokens_per_frame, r) for r in keep]
 
 
-def flops(config, tokens: list[int], frames: int = 0, head: int = 0, lora_rank: int = 0) -> dict[str, float]:
+def flops(config: Any, tokens: list[int], frames: int = 0, head: int = 0, lora_rank: int = 0) -> dict:
     """Multiply-accumulates of one forward pass of one stream, by term.    Eq. 4 of VideoLLM-MoD
 
     config: a model.Config;  tokens: how many each layer computes;  frames: images encoded and projected

@@ -77,7 +77,7 @@ class Config:
     lora_alpha: float = 256.0
     lora_dropout: float = 0.05
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, ("new_tokens", "sliding_window", "lora_rank", "lora_dropout"))
         known = {"router": ROUTERS, "gate": GATES, "masked": MASKED, "vision_type": VISION_TYPES,
                  "vision_act": ACTIVATIONS}
@@ -172,7 +172,7 @@ def preset(name: str) -> Config:
 
 
 class VisionMLP(nn.Module):
-    def __init__(self, c: Config):
+    def __init__(self, c: Config) -> None:
         super().__init__()
         self.act = ACTIVATIONS[c.vision_act]
         self.fc1 = nn.Linear(c.vision_hidden_size, c.vision_intermediate_size)
@@ -185,7 +185,7 @@ class VisionMLP(nn.Module):
 class VisionBlock(nn.Module):
     """Pre-norm transformer block of CLIP and SigLIP: every patch sees every patch."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Config) -> None:
         super().__init__()
         width, self.heads = c.vision_hidden_size, c.vision_heads
         self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(width, c.vision_norm_eps) for _ in range(2))
@@ -205,7 +205,7 @@ class VisionBlock(nn.Module):
 class VisionPooling(nn.Module):
     """SigLIP's pooled output, which takes the place of CLS: one learned query attends to all patches."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Config) -> None:
         super().__init__()
         self.probe = nn.Parameter(torch.zeros(1, 1, c.vision_hidden_size))
         self.attention = nn.MultiheadAttention(c.vision_hidden_size, c.vision_heads, batch_first=True)
@@ -224,7 +224,7 @@ class VisionModel(nn.Module):
     SigLIP (and of the encoder from scratch, otherwise a CLIP) after the final norm.
     """
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Config) -> None:
         super().__init__()
         self.config, width, has_cls = c, c.vision_hidden_size, c.vision_type != "siglip"
         self.embeddings = nn.Module()
@@ -270,7 +270,7 @@ class VisionModel(nn.Module):
 class Projector(nn.Module):
     """Two-layer MLP from the width of the encoder to that of the decoder, as in LLaVA and VideoLLM-online."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Config) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(c.vision_hidden_size, c.hidden_size)
         self.linear_2 = nn.Linear(c.hidden_size, c.hidden_size)
@@ -312,7 +312,7 @@ class Linear(nn.Linear):
     A and B are learnt in float32, whatever the type of W, and are used in the type of x.
     """
 
-    def __init__(self, c: Config, inputs: int, outputs: int, bias: bool = False):
+    def __init__(self, c: Config, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__(inputs, outputs, bias)
         self.rank, self.dropout = c.lora_rank, c.lora_dropout
         if c.lora_rank:
@@ -331,7 +331,7 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     """Causal grouped-query attention over the rows it is given, and over what its layer has in the cache."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Config) -> None:
         super().__init__()
         self.head_dim, self.window = c.head_dim, c.sliding_window
         self.q_proj = Linear(c, c.hidden_size, c.num_attention_heads * c.head_dim, c.attention_bias)
@@ -365,7 +365,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU"""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Config) -> None:
         super().__init__()
         self.gate_proj = Linear(c, c.hidden_size, c.intermediate_size)
         self.up_proj = Linear(c, c.hidden_size, c.intermediate_size)
@@ -378,7 +378,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A layer of Llama. It knows nothing of routing: it computes the rows it is given, at their positions."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Config) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.self_attn = Attention(c)
@@ -399,7 +399,7 @@ class Output(NamedTuple):
 class VideoLM(nn.Module):
     """Frames and text in, a hidden state for each token out. A placement of ones is the dense baseline."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = c = config
         self.gradient_checkpointing = False  # True: a backward pass computes the inside of layers again
@@ -568,7 +568,7 @@ class Cache:
 
     step = 64  # room grows in steps of so many rows
 
-    def __init__(self, model: VideoLM, streams: int = 1, window: int | None = None):
+    def __init__(self, model: VideoLM, streams: int = 1, window: int | None = None) -> None:
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1 frame, got {window}")
         c, weight = model.config, model.embed_tokens.weight
@@ -826,10 +826,14 @@ def save(folder: Path, model: VideoLM, weights: dict[str, Tensor] | None = None,
 
 
 def write(path: Path, fill: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name, then rename it: nobody ever sees half of it."""
+    """Write a file under a temporary name, then rename it: nobody sees half of it, nor on a full disk."""
     unfinished = path.with_name(path.name + ".partial")
-    fill(unfinished)
-    os.replace(unfinished, path)
+    try:
+        fill(unfinished)
+        os.replace(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{path} must be written whole: {error}") from None
 
 
 def write_json(path: Path, values: dict) -> None:

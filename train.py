@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
@@ -36,6 +37,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
+
+try:
+    import fcntl  # there is none on Windows
+except ImportError:
+    fcntl = None
 
 import data
 import mod
@@ -142,7 +148,7 @@ class TrainConfig:
     compile: bool = opt(False, "compile the model for training")
     resume: bool = opt(False, "go on with the run in --out")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_keep_ratio(self.keep)
         if self.init and (self.llm or self.vision or self.pool):
             raise ValueError("init must not be given with llm, vision or pool, which its run has, got both")
@@ -272,41 +278,54 @@ def ahead(make: Callable[[int], Ready], steps: Iterable[int]) -> Iterator[Ready]
 
 
 def batch_loss(model: VideoLM, b: Ready, share: Tensor, routing_loss: float) -> Tensor:
-    """The loss of a batch, in bf16 where that is fast; of a part of a batch, its share of the whole's.
+    """The two terms of the loss of a batch, in bf16 where that is fast; of a part of a batch, its share.
 
     share: (2,) of all labels in the whole batch, and of all tokens that compete
+    -> (2,) the streaming loss, and the routing loss, weighed
     """
     weight = model.lm_head.weight
     fast = weight.is_cuda and weight.dtype == torch.float32
     with torch.autocast(weight.device.type, torch.bfloat16, enabled=fast):
         out = model(b.tokens, b.frames, b.groups, b.seed)
-        loss = share[0] * streaming_loss(model, out.hidden, b.at, b.target, b.weight)
+        loss = streaming_loss(model, out.hidden, b.at, b.target, b.weight)
+        routing = torch.zeros_like(loss)
         for layer, score in out.score.items():  # summed over layers, as in the code of gamma-MoD
-            loss = loss + routing_loss * share[1] * mod.routing_loss(score, out.keep[layer], b.groups)
-        return loss
+            routing = routing + mod.routing_loss(score, out.keep[layer], b.groups)
+        return torch.stack([share[0] * loss, routing_loss * share[1] * routing])
+
+
+def check_finite(told: Tensor) -> list[float]:
+    """Raises FloatingPointError, which names the term, unless all of them are numbers."""
+    values = told.tolist()
+    for name, value in zip(("streaming loss", "routing loss", "gradient"), values, strict=False):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{name} must stay finite, got {value}")
+    return values
 
 
 def train_step(loss_of: Callable[..., Tensor], model: VideoLM, optimizers: list, cfg: TrainConfig, b: Ready,
-               step: int) -> Tensor:
-    """One update on a batch -> (3,) its loss, the norm of the gradient, tokens. No wait for the device.
+               step: int, look: Callable[[Tensor], object] = Tensor.detach) -> object:
+    """One update on a batch, which does not wait for the device -> what `look` makes of its terms
 
     loss_of: batch_loss, or the same compiled
+    look: sees (4,) both terms of the loss, the norm of the gradient and tokens; raises to forbid the update
     """
     torch.manual_seed((cfg.seed << 24) + (step << 8) + RANK)  # of dropout
     total = over_all(b.counts.clone())
     share = b.counts / total.clamp(min=1)  # 1 in a single process
-    loss = loss_of(model, b, share[:2].float().to(b.tokens.device, non_blocking=True), cfg.routing_loss)
-    (loss * (RANKS if cfg.shard else 1)).backward()  # fully_shard takes the mean of the gradients
+    terms = loss_of(model, b, share[:2].float().to(b.tokens.device, non_blocking=True), cfg.routing_loss)
+    (terms.sum() * (RANKS if cfg.shard else 1)).backward()  # fully_shard takes the mean of the gradients
     learnt = [p for p in model.parameters() if p.grad is not None]
     for p in () if cfg.shard else learnt:
         over_all(p.grad)
     norm = whole(clip_grad_norm_(learnt, cfg.clip))
+    told = look(torch.stack([*over_all(terms.detach()), norm, total[2].to(norm, non_blocking=True)]))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, cfg)
         optimizer.step()
         optimizer.zero_grad()
-    return torch.stack([over_all(loss.detach()), norm, total[2].to(norm, non_blocking=True)])
+    return told
 
 
 def checkpoint(folder: Path, model: VideoLM, optimizers: list, step: int) -> None:
@@ -348,6 +367,31 @@ def resume(folder: Path, optimizers: list) -> int:
     return step
 
 
+def check_new(folder: Path) -> None:
+    if (folder / "model.safetensors").exists():
+        raise ValueError(f"out must be a new folder, got the run {folder} (--resume goes on)")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Nobody else trains in a folder meanwhile. The lock goes with the process, however that ends."""
+    if RANK > 0 or fcntl is None:
+        yield
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(place)
+        raise ValueError(f"out must be a folder in which no other process trains, got {folder}") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(place)
+
+
 def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
     """The settings of this run; with --resume those it began with. Raises ValueError if the given clash."""
     fixed = given | ({"steps"} if cfg.init else set())
@@ -363,8 +407,7 @@ def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
     cfg = replace(cfg, **{name: str(Path(path).resolve()) for name, path in paths.items() if path})
     file = cfg.folder / "train.json"
     if not cfg.resume:
-        if (cfg.folder / "model.safetensors").exists():
-            raise ValueError(f"out must be a new folder, got the run {cfg.folder} (--resume goes on)")
+        check_new(cfg.folder)
         return cfg
     try:
         began = TrainConfig(**json.loads(file.read_text()))
@@ -404,9 +447,11 @@ def peak_memory(device: torch.device) -> int:
     return kilobytes * (1 if sys.platform == "darwin" else 1024)  # there, it is bytes
 
 
-def learn(cfg: TrainConfig, device: torch.device) -> data.Source:
-    """Begin or go on with a run, until its last checkpoint -> what it learnt from"""
+def learn(cfg: TrainConfig, device: torch.device, held: ExitStack) -> data.Source:
+    """Begin or go on with a run, until its last checkpoint -> what it learnt from.  held: gets its lock"""
     folder = cfg.folder
+    if cfg.resume:
+        held.enter_context(alone(folder))
     model = models.load(folder, device) if cfg.resume else build(cfg).to(device)
     tokenizer = data.tokenizer_for(model.config.vocab_size, model.config.llm)
     source = data.open_source(cfg.task, cfg.data, cfg.fps, cfg.partial, model.config.image_size)
@@ -427,6 +472,8 @@ def learn(cfg: TrainConfig, device: torch.device) -> data.Source:
     if not cfg.resume:
         if RANK == 0:
             folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone(folder))
+            check_new(folder)
             write_json(folder / "train.json", asdict(cfg))
             write(folder / "log.jsonl", lambda path: path.write_text(json.dumps(first) + "\n"))
         checkpoint(folder, model, optimizers, 0)  # from here on it is a run
@@ -440,17 +487,20 @@ def learn(cfg: TrainConfig, device: torch.device) -> data.Source:
         for step in bar:
             began = time.perf_counter()
             b = next(batches)
-            loss, norm, tokens = train_step(loss_of, model, optimizers, cfg, b, step).tolist()
-            if not math.isfinite(loss + norm):
-                raise ValueError(f"loss and gradient must stay finite, got {loss}, {norm} at step {step}")
+            try:
+                loss, routing, norm, tokens = train_step(loss_of, model, optimizers, cfg, b, step,
+                                                         look=check_finite)
+            except FloatingPointError as error:
+                checkpoint(folder, model, optimizers, step)
+                raise ValueError(f"{error} at step {step}; {folder} has what was learnt before it") from None
             seconds = round(time.perf_counter() - began, 4)
-            line = {"step": step, "loss": loss, "grad_norm": norm, "tokens": int(tokens), "seconds": seconds,
-                    "peak_memory": peak_memory(device)}
+            line = {"step": step, "loss": loss + routing, "routing_loss": routing, "grad_norm": norm,
+                    "tokens": int(tokens), "seconds": seconds, "peak_memory": peak_memory(device)}
             saved = (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps
             if saved and isinstance(source, data.World) and not cfg.shard:
                 line["on_shapes"] = on_shapes(model, tokenizer, source.held_out(16))
             print(json.dumps(line), file=log, flush=True)
-            bar.set_postfix_str(f"loss {loss:.3f}, {1000 * seconds:.0f} ms a step")
+            bar.set_postfix_str(f"loss {loss + routing:.3f}, {1000 * seconds:.0f} ms a step")
             if saved:
                 checkpoint(folder, model, optimizers, step + 1)
     return source
@@ -531,7 +581,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.cuda.set_device(device)
     if RANKS > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    source = learn(cfg, device)
+    with ExitStack() as held:
+        source = learn(cfg, device, held)
     if RANKS > 1:
         dist.destroy_process_group()
     if RANK == 0:

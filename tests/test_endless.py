@@ -1,0 +1,89 @@
+"""A window keeps an endless stream's memory and time per frame flat, whatever is said in it, or never."""
+
+import gc
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+from data import Tokenizer, Turn, World
+from model import Config, VideoLM, initialise
+
+TOKENIZER = Tokenizer()
+SMALL = Config(vocab_size=len(TOKENIZER), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+               num_attention_heads=2, num_key_value_heads=1, head_dim=16, image_size=16, pool=1,
+               keep=(1.0, 0.5), vision_hidden_size=16, vision_intermediate_size=16, vision_layers=1)
+
+
+def decide(monkeypatch, rule):
+    """Frame number -> does the model speak?"""
+    decisions = map(rule, iter(range(10**9)))
+    monkeypatch.setattr(evaluation, "speaks", lambda *_: torch.tensor([next(decisions)]))
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now"""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells how much memory a process has")
+@pytest.mark.parametrize("frames", [2_000, pytest.param(200_000, marks=pytest.mark.long)])
+def test_memory_and_time_per_frame_stay_flat(monkeypatch, tmp_path, capsys, frames):
+    model = initialise(VideoLM(SMALL), 0).eval()
+    watcher = evaluation.Watcher(model, TOKENIZER, torch.zeros(1).long(), window=8, limit=3)
+    decide(monkeypatch, lambda n: n % 100 == 99)
+    noise = np.random.default_rng(0).integers(256, size=(16, 16, 16, 3), dtype=np.uint8)
+    memory, clock = [], np.full(frames, np.nan)
+
+    def stream():
+        for n in range(frames):
+            if n % (frames // 20) == 0:
+                memory.append(resident())
+            clock[n] = time.perf_counter()
+            yield noise[n % 16]
+
+    evaluation.narrate(watcher, stream(), 2.0, "Go.", tmp_path / "watch.png")
+    took = np.diff(clock)
+    early, late = np.median(took[frames // 20 : frames // 10]), np.median(took[-frames // 20 :])
+    grown = memory[-1] / memory[2] - 1
+    with capsys.disabled():
+        print(f"\n{frames:,} frames: memory {memory[2] / 1e6:.0f} MB, {grown:+.2%} at the end; "
+              f"{1000 * early:.2f} ms a frame, {late / early - 1:+.1%} at the end")
+    assert abs(grown) < 0.02
+    assert frames < 10_000 or late < 1.25 * early  # the machine has other work too
+    assert int(watcher.cache.seen) > frames * 3 and max(watcher.cache.length) < 100
+
+
+def test_a_reply_without_an_end_is_ended_after_its_limit_and_the_stream_goes_on(monkeypatch):
+    model = initialise(VideoLM(SMALL), 0).eval()
+    never_ends = torch.zeros(len(TOKENIZER))
+    never_ends[TOKENIZER.end] = -torch.inf
+    monkeypatch.setattr(VideoLM, "logits", lambda self, hidden: self.lm_head(hidden) + never_ends)
+    decide(monkeypatch, lambda n: True)
+    watcher = evaluation.Watcher(model, TOKENIZER, torch.zeros(1).long(), limit=7)
+    frames = torch.randint(256, (3, 1, 1, 3, 16, 16)).byte()
+    said = [watcher.watch(frame)[0] for frame in frames]
+    assert [len(turn.said) for turn in said] == [7, 7, 7]
+    assert int(watcher.cache.seen) == 3 * (2 + 1 + 1 + 7 + 1)  # frame, <frame>, <assistant>, reply, <end>
+
+
+def test_a_question_in_mid_stream_is_heard_before_its_frame_with_a_window_as_without(monkeypatch):
+    model = initialise(VideoLM(SMALL), 0).double().eval()
+    frames = torch.randint(256, (6, 1, 1, 3, 16, 16)).byte()
+    seen = []
+    monkeypatch.setattr(evaluation, "speaks", lambda logits, *_: seen.append(logits) or torch.tensor([False]))
+    for window in (None, 6):
+        watcher = evaluation.Watcher(model, TOKENIZER, torch.zeros(1).long(), window=window)
+        for n, frame in enumerate(frames):
+            watcher.watch(frame, [[Turn(0, "user", "And now?")]] if n == 3 else None)
+    whole = World(16, 6).held_out(1)[0]._replace(turns=[Turn(3, "user", "And now?")], seed=0)
+    whole = whole._replace(frames=frames[:, 0, 0].movedim(1, -1).numpy())
+    b, out = evaluation.hear(model, TOKENIZER, [whole])
+    at_once = model.logits(out.hidden[0][b.decision[0]])
+    for one_by_one in (seen[:6], seen[6:]):
+        torch.testing.assert_close(torch.cat(one_by_one).double(), at_once, rtol=1e-5, atol=1e-5)
