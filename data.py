@@ -18,6 +18,7 @@ import threading
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import closing
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -38,7 +39,7 @@ SYSTEM, DESCRIBE = "Answer the questions about the picture.", "Describe it."
 # --- tokenizer ----------------------------------------------------------------------------------------------
 
 SPECIAL = ("<pad>", "<user>", "<assistant>", "<end>", "<frame>", "<silent>")
-PATIENCE = 60.0  # seconds that a decoder may take for a frame
+PATIENCE = 600.0  # seconds that a decoder may take to give a frame
 CLIP = 2**33  # bytes of decoded frames that a clip may have
 MEMORY = 2**30  # bytes of decoded frames, or of features, that a folder keeps
 VISION = -1  # marks the place of a vision token; it has no row in the embedding table
@@ -443,13 +444,12 @@ def read_video(path: Path, fps: float, size: int, partial: bool = False, start: 
     with (tempfile.TemporaryFile() as complaints,
           subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints) as process):
         try:
-            while len(frame := patiently(process, lambda: process.stdout.read(length))) == length:
+            while len(frame := patiently(process, path, lambda: process.stdout.read(length))) == length:
                 count += 1
                 yield np.frombuffer(frame, np.uint8).reshape(size, size, 3)
-            failed = patiently(process, process.wait) != 0
+            failed = patiently(process, path, process.wait) != 0
             complaints.seek(0)
-            killed = "its decoder stalled" if process.returncode < 0 else ""
-            why = killed or complaints.readline().decode(errors="replace").strip()
+            why = complaints.readline().decode(errors="replace").strip()
         finally:  # also when whoever asked for frames has had enough
             process.kill()
     if not count:
@@ -459,14 +459,18 @@ def read_video(path: Path, fps: float, size: int, partial: bool = False, start: 
                          f"{why or 'the file ends early'} (--partial keeps them)")
 
 
-def patiently(process: subprocess.Popen, ask: Callable[[], object]) -> object:
-    """What is asked of a process, which is ended if it takes too long."""
-    alarm = threading.Timer(PATIENCE, process.kill)
+def patiently(process: subprocess.Popen, path: Path, ask: Callable[[], object]) -> object:
+    """What is asked of a decoder. Raises ValueError if it stalls, and ends it."""
+    stalled = threading.Event()
+    alarm = threading.Timer(PATIENCE, lambda: (stalled.set(), process.kill()))
     alarm.start()
     try:
-        return ask()
+        answer = ask()
     finally:
         alarm.cancel()
+    if stalled.is_set():
+        raise ValueError(f"{path} must be decoded without a stall, got none of it for {PATIENCE:g} s")
+    return answer
 
 
 class Clip(NamedTuple):
@@ -558,9 +562,10 @@ class Folder:
 
     def decode(self, clip: Clip) -> np.ndarray:
         """-> (F, S, S, 3) uint8. Raises ValueError: more than CLIP bytes, and as read_video does."""
-        video = read_video(clip.video, self.fps, self.size, self.partial, clip.start, clip.end)
         most = CLIP // (3 * self.size**2)
-        frames = list(islice(video, most + 1))
+        video = read_video(clip.video, self.fps, self.size, self.partial, clip.start, clip.end)
+        with closing(video):
+            frames = list(islice(video, most + 1))
         if len(frames) > most:
             raise ValueError(f"{clip.video} must have at most {most} frames (start and end cut it), got more")
         return np.stack(frames)
@@ -582,7 +587,7 @@ class Folder:
                 os.replace(unfinished, file)
             except (OSError, SafetensorError) as error:
                 unfinished.unlink(missing_ok=True)
-                raise ValueError(f"{file} must be written whole: {error}") from None
+                raise OSError(f"{file} must be written whole: {error}") from None
         try:
             return load_file(file)["features"].numpy()
         except (OSError, SafetensorError, KeyError) as error:

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -832,7 +833,8 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
         fill(unfinished)
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # there may be none
+            unfinished.unlink()
         raise OSError(f"{path} must be written whole: {error}") from None
 
 

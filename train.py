@@ -294,21 +294,11 @@ def batch_loss(model: VideoLM, b: Ready, share: Tensor, routing_loss: float) -> 
         return torch.stack([share[0] * loss, routing_loss * share[1] * routing])
 
 
-def check_finite(told: Tensor) -> list[float]:
-    """Raises FloatingPointError, which names the term, unless all of them are numbers."""
-    values = told.tolist()
-    for name, value in zip(("streaming loss", "routing loss", "gradient"), values, strict=False):
-        if not math.isfinite(value):
-            raise FloatingPointError(f"{name} must stay finite, got {value}")
-    return values
-
-
 def train_step(loss_of: Callable[..., Tensor], model: VideoLM, optimizers: list, cfg: TrainConfig, b: Ready,
-               step: int, look: Callable[[Tensor], object] = Tensor.detach) -> object:
-    """One update on a batch, which does not wait for the device -> what `look` makes of its terms
+               step: int) -> Tensor:
+    """One update on a batch -> (4,) both terms of its loss, the norm of the gradient, tokens
 
-    loss_of: batch_loss, or the same compiled
-    look: sees (4,) both terms of the loss, the norm of the gradient and tokens; raises to forbid the update
+    loss_of: batch_loss, or the same compiled.  Nothing here waits for the device.
     """
     torch.manual_seed((cfg.seed << 24) + (step << 8) + RANK)  # of dropout
     total = over_all(b.counts.clone())
@@ -319,13 +309,19 @@ def train_step(loss_of: Callable[..., Tensor], model: VideoLM, optimizers: list,
     for p in () if cfg.shard else learnt:
         over_all(p.grad)
     norm = whole(clip_grad_norm_(learnt, cfg.clip))
-    told = look(torch.stack([*over_all(terms.detach()), norm, total[2].to(norm, non_blocking=True)]))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, cfg)
         optimizer.step()
         optimizer.zero_grad()
-    return told
+    return torch.stack([*over_all(terms.detach()), norm, total[2].to(norm, non_blocking=True)])
+
+
+def check_finite(terms: dict[str, float], step: int, folder: Path) -> None:
+    for name, value in terms.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must stay finite, got {value} at step {step}; {folder} keeps its last "
+                             "checkpoint (--init starts from it with other flags)")
 
 
 def checkpoint(folder: Path, model: VideoLM, optimizers: list, step: int) -> None:
@@ -374,22 +370,18 @@ def check_new(folder: Path) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Nobody else trains in a folder meanwhile. The lock goes with the process, however that ends."""
+    """Nobody else trains in a folder meanwhile (but on Windows). The lock ends with its process."""
     if RANK > 0 or fcntl is None:
         yield
         return
-    place = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(place)
-        raise ValueError(f"out must be a folder in which no other process trains, got {folder}") from None
-    except OSError:
-        pass  # a file system without locks
-    try:
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"out must be a folder in which nobody else trains, got {folder}") from None
+        except OSError:
+            pass  # a file system without locks
         yield
-    finally:
-        os.close(place)
 
 
 def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
@@ -424,7 +416,8 @@ def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
 
 def first_line(cfg: TrainConfig, model: VideoLM, optimizers: list, b: data.Batch) -> dict:
     """What tells this run from another: command, settings, code, versions, machine; and what a step costs."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    git = ["git", "-C", str(Path(__file__).parent), "describe"]  # and whether anything has changed since
+    git += ["--always", "--abbrev=40", "--exclude=*", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     c, without = model.config, (1.0,) * model.config.num_hidden_layers
     routed, dense = (step_flops(replace(c, keep=keep), b, optimizers) for keep in (c.keep, without))
@@ -487,12 +480,8 @@ def learn(cfg: TrainConfig, device: torch.device, held: ExitStack) -> data.Sourc
         for step in bar:
             began = time.perf_counter()
             b = next(batches)
-            try:
-                loss, routing, norm, tokens = train_step(loss_of, model, optimizers, cfg, b, step,
-                                                         look=check_finite)
-            except FloatingPointError as error:
-                checkpoint(folder, model, optimizers, step)
-                raise ValueError(f"{error} at step {step}; {folder} has what was learnt before it") from None
+            loss, routing, norm, tokens = train_step(loss_of, model, optimizers, cfg, b, step).tolist()
+            check_finite({"streaming loss": loss, "routing loss": routing, "gradient": norm}, step, folder)
             seconds = round(time.perf_counter() - began, 4)
             line = {"step": step, "loss": loss + routing, "routing_loss": routing, "grad_norm": norm,
                     "tokens": int(tokens), "seconds": seconds, "peak_memory": peak_memory(device)}
@@ -504,6 +493,17 @@ def learn(cfg: TrainConfig, device: torch.device, held: ExitStack) -> data.Sourc
             if saved:
                 checkpoint(folder, model, optimizers, step + 1)
     return source
+
+
+def finish(cfg: TrainConfig, device: torch.device, source: data.Source) -> None:
+    """Evaluate a run as it was saved, and whole; the model that learnt is gone."""
+    folder = cfg.folder
+    steps = (folder / "log.jsonl").read_text().splitlines()[1:]
+    print(f"median step {1000 * median(json.loads(line)['seconds'] for line in steps):.0f} ms")
+    model = models.load(folder, device).eval()
+    encode_once(source, model, folder.parent / "features")
+    tokenizer = data.tokenizer_for(model.config.vocab_size, model.config.llm)
+    report(folder, model, tokenizer, source, cfg.streams)
 
 
 def sweep(name: str, seeds: int, jobs: int, flags: dict[str, str]) -> None:
@@ -572,26 +572,21 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"sweep must be started by one process, got {RANKS} of torchrun")
         flags = {name: str(getattr(asked, name)) for name in sorted(given & {"steps", "streams", "device"})}
         return sweep(asked.sweep, asked.seeds, asked.jobs, flags)
-    if alone := sorted(given & {"seeds", "jobs"}):
-        raise ValueError(f"{alone[0]} must be given with sweep, got no sweep")
+    if wrong := sorted(given & {"seeds", "jobs"}):
+        raise ValueError(f"{wrong[0]} must be given with sweep, got no sweep")
     cfg = settings(TrainConfig(**{f.name: getattr(asked, f.name) for f in fields(TrainConfig)}), given)
-    device, folder = models.pick_device(cfg.device), cfg.folder
+    device = models.pick_device(cfg.device)
     if RANKS > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # by number: each thread has its default
         torch.cuda.set_device(device)
     if RANKS > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    with ExitStack() as held:
+    with ExitStack() as held:  # also while it is evaluated
         source = learn(cfg, device, held)
-    if RANKS > 1:
-        dist.destroy_process_group()
-    if RANK == 0:
-        steps = (folder / "log.jsonl").read_text().splitlines()[1:]
-        print(f"median step {1000 * median(json.loads(line)['seconds'] for line in steps):.0f} ms")
-        model = models.load(folder, device).eval()  # as it was saved, and whole; the one that learnt is gone
-        encode_once(source, model, folder.parent / "features")
-        tokenizer = data.tokenizer_for(model.config.vocab_size, model.config.llm)
-        report(folder, model, tokenizer, source, cfg.streams)
+        if RANKS > 1:
+            dist.destroy_process_group()
+        if RANK == 0:
+            finish(cfg, device, source)
 
 
 if __name__ == "__main__":

@@ -88,8 +88,9 @@ class Source:
 
 def begin(changed: str, copy: Path) -> int:
     """Run the tests on a copy of the project with this mod.py -> the process; its status says if one fails"""
-    ignored = shutil.ignore_patterns(".git", "out", "results", "assets", "__pycache__")
-    shutil.copytree(ROOT, copy, ignore=ignored)
+    shutil.copytree(ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md"):
+        shutil.copy(file, copy)
     (copy / "mod.py").write_text(changed)
     if child := os.fork():  # it need not import torch again, which takes longer than most of the tests
         return child

@@ -1,14 +1,12 @@
 """Whatever is in its files, a door ends in a result or a sentence: soon, in bounded memory, and alone."""
 
 import json
-import resource
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
-import time
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,9 +26,11 @@ import eval as evaluation
 import model as models
 import train
 
+resource = pytest.importorskip("resource", reason="alarms and limits are of POSIX")
 STRANGE = [None, True, -1, 0, 1e308, -0.0, 10**400, float("nan"), float("inf"), "", " ", "\ud800",
            "x" * 10**5, "../x", "/etc/passwd", "http://localhost:9/x", "a.safetensors", "\x1b[2J", "0.2", [],
            {}, [[]], [0] * 9, {"": {}}]
+LINUX = sys.platform == "linux"  # where kilobytes are told
 SECONDS, MEGABYTES = 30, 400  # that a case may take, and that all cases may add
 
 
@@ -163,7 +163,8 @@ def watch(event: str, args: tuple) -> None:
     if event == "open" and isinstance(args[0], str | bytes):
         path = Path(args[0].decode() if isinstance(args[0], bytes) else args[0]).absolute()
         known = inside, sys.prefix, sys.base_prefix, Path(train.__file__).parent, "/proc", "/sys", "/usr"
-        nameless = str(path) == tempfile.gettempdir()  # a file for the decoder's complaints
+        place = Path(tempfile.gettempdir())  # of a file for the decoder's complaints, with or without a name
+        nameless = path == place or (path.parent == place and path.name.startswith("tmp"))
         if not nameless and not any(path.is_relative_to(place) for place in known):
             WATCHED["wrong"].append(f"{event} {path}")
     elif event in ("socket.connect", "socket.getaddrinfo", "os.system", "pickle.find_class"):
@@ -197,13 +198,13 @@ def ends_in(door, folder: Path) -> str:
     try:
         with soon_and_alone(folder):
             door(folder)
+        ended = "a result"
     except (ValueError, OSError) as error:
-        said = models.printable(str(error))
-        SAID.append(said)
-        assert len(said) > 10 and "\n" not in said
-        return "a sentence"
+        SAID.append(str(error))
+        assert str(folder) in SAID[-1], f"no file is named in: {error}"
+        ended = "a sentence"
     assert not WATCHED["wrong"], WATCHED["wrong"]
-    return "a result"
+    return ended
 
 
 def fuzz(name: str, tmp_path: Path, cases: int) -> dict[str, int]:
@@ -224,7 +225,7 @@ def fuzz(name: str, tmp_path: Path, cases: int) -> dict[str, int]:
         except BaseException:
             print(f"case {case} of {name}; its files are in {folder}")
             raise
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < MEGABYTES * 1000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < MEGABYTES * 1000 or not LINUX
     return ended
 
 
@@ -248,10 +249,24 @@ def test_spoilt_files_end_in_a_result_or_a_sentence(name, cases, tmp_path, no_de
         print(f"\n{name}: {cases} spoilt folders, {ended}" * (cases > 15), end="")
 
 
+@pytest.fixture
+def bounded(monkeypatch):
+    """Decoders have 4 GiB of addresses at most."""
+    start = subprocess.Popen
+
+    def begin(*args, **how):
+        process = start(*args, **how)
+        if hasattr(resource, "prlimit"):  # on Linux
+            resource.prlimit(process.pid, resource.RLIMIT_AS, (2**32, 2**32))
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", begin)
+
+
 @needs_ffmpeg
 @pytest.mark.parametrize("cases", [6, pytest.param(250, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["mp4", "mkv", "gif", "avi"])
-def test_spoilt_videos_end_in_frames_or_a_sentence(kind, cases, tmp_path, capsys):
+def test_spoilt_videos_end_in_frames_or_a_sentence(kind, cases, tmp_path, capsys, bounded):
     valid, ended = make_video(tmp_path / f"v.{kind}", 1, source="testsrc2=size=32x32").read_bytes(), {}
     for case in range(cases):
         random, folder = Random(f"{kind} {case}"), tmp_path / "spoilt"
@@ -265,7 +280,6 @@ def test_spoilt_videos_end_in_frames_or_a_sentence(kind, cases, tmp_path, capsys
 
         how = ends_in(door, folder)
         ended[how] = ended.get(how, 0) + 1
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2_000_000  # kilobytes, of any decoder
     with capsys.disabled():
         print(f"\n{kind}: {cases} spoilt videos, {ended}" * (cases > 6), end="")
 
@@ -289,7 +303,7 @@ def declared(width: int, height: int):
 def in_bursts(file):
     """Pictures at 0, 0.1, 0.2 and 2.9 s"""
     times = "setpts='if(eq(N,3),2.9,N/10)/TB'"
-    filmed("testsrc2=size=32x32:rate=10:duration=0.4", "-vf", times, "-vsync", "vfr")(file)
+    filmed("testsrc2=size=32x32:rate=10:duration=0.4", "-vf", times)(file)
 
 
 ODD = {  # file -> what makes it, how many frames at 2 a second it must have, or what must be said of it
@@ -300,16 +314,16 @@ ODD = {  # file -> what makes it, how many frames at 2 a second it must have, or
     "long.mkv": (filmed("testsrc2=size=2000x2:rate=10:duration=1", "-c:v", "ffv1"), 2),
     "sound.mkv": (filmed("sine=duration=1"), "got no frame"),
     "turning.gif": (filmed("testsrc2=size=32x32:rate=10:duration=1"), 2),
-    "raw.h264": (filmed("testsrc2=size=32x32:rate=10:duration=1", "-c:v", "libx264"), 2),  # no duration
+    "raw.m4v": (filmed("testsrc2=size=32x32:rate=10:duration=1", "-f", "m4v"), 2),  # no duration
     "bursts.mkv": (in_bursts, 6),
     "huge.png": (declared(60_000, 60_000), "got no frame"),
-    "large.png": (declared(12_000, 12_000), "got no frame"),
+    "large.png": (declared(12_000, 12_000), "got no frame .*exceeds specified max pixel"),
 }
 
 
 @needs_ffmpeg
 @pytest.mark.parametrize("name", ODD)
-def test_odd_videos_have_their_frames_or_a_sentence(name, tmp_path):
+def test_odd_videos_have_their_frames_or_a_sentence(name, tmp_path, bounded):
     write, expected = ODD[name]
     write(tmp_path / name)
     if isinstance(expected, int):
@@ -317,7 +331,6 @@ def test_odd_videos_have_their_frames_or_a_sentence(name, tmp_path):
     else:
         with pytest.raises(ValueError, match=rf"{name} must be a video, {expected}"):
             list(data.read_video(tmp_path / name, 2.0, 16))
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2_000_000  # kilobytes
 
 
 def test_a_decoder_that_stalls_is_ended(tmp_path, monkeypatch):
@@ -326,16 +339,14 @@ def test_a_decoder_that_stalls_is_ended(tmp_path, monkeypatch):
     stalls.chmod(0o700)
     (tmp_path / "v.mp4").touch()
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(data, "PATIENCE", 0.5)
-    began = time.monotonic()
-    with pytest.raises(ValueError, match=r"v\.mp4 must decode whole, got 1 frames, then: its decoder stall"):
-        list(data.read_video(tmp_path / "v.mp4", 2.0, 16))
-    assert time.monotonic() - began < 30
+    monkeypatch.setattr(data, "PATIENCE", 3.0)
+    with pytest.raises(ValueError, match=r"v\.mp4 must be decoded without a stall, got none of it for 3 s"):
+        list(data.read_video(tmp_path / "v.mp4", 2.0, 16, partial=True))
 
 
 def test_a_clip_of_too_many_frames_is_refused_before_they_fill_the_memory(tmp_path, monkeypatch):
     write_clips(tmp_path)
     monkeypatch.setattr(data, "CLIP", 5 * 16 * 16 * 3)
-    monkeypatch.setattr(data, "read_video", lambda *_: repeat(np.zeros((16, 16, 3), np.uint8)))
+    monkeypatch.setattr(data, "read_video", lambda *_: (frame for frame in repeat(np.zeros((16, 16, 3)))))
     with pytest.raises(ValueError, match=r"v\.mp4 must have at most 5 frames"):
         data.Folder(tmp_path, 16).batch(0, 0, 1)

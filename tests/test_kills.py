@@ -24,13 +24,17 @@ def begin(folder, *flags):
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+def wait_until(process, begun):
+    while process.poll() is None and not begun():
+        time.sleep(0.001)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nobody killed, and the seconds that it wrote into its folder"""
     folder = tmp_path_factory.mktemp("kills") / "run"
     process = begin(folder, *NEW)
-    while not (folder / "train.json").exists():
-        time.sleep(0.01)
+    wait_until(process, lambda: (folder / "train.json").exists())
     began = time.monotonic()
     assert process.wait() == 0
     return folder, time.monotonic() - began
@@ -41,13 +45,13 @@ def whole(tmp_path_factory):
 def test_a_run_killed_at_any_moment_ends_in_the_bits_of_a_whole_one(whole, tmp_path, moment):
     unhurt, seconds = whole
     random, folder, flags = Random(moment), tmp_path / "run", NEW
-    for _ in range(2):
-        process = begin(folder, *flags)
-        while process.poll() is None and not (folder / "train.json").exists():
-            time.sleep(0.001)
-        time.sleep(random.uniform(0, seconds) + 3 * (flags != NEW))  # to go on, it first has to start again
+    for done in ([1], [1, 1]):  # the second has less to do
+        lines, process = folder / "log.jsonl", begin(folder, *flags)
+        before = lines.stat().st_mtime_ns if lines.exists() else 0
+        wait_until(process, lambda f=lines, b=before: f.exists() and f.stat().st_mtime_ns > b)  # it writes
+        time.sleep(random.uniform(0, seconds) / len(done))
         process.kill()  # SIGKILL
-        process.wait()
+        FOUND["too late"] += process.wait() == 0
         FOUND["partial"] += any(folder.glob("*.partial"))
         FOUND["two optimizers"] += len(list(folder.glob("optimizer-*.safetensors"))) > 1
         FOUND["kills"] += 1
@@ -64,4 +68,6 @@ def test_a_run_killed_at_any_moment_ends_in_the_bits_of_a_whole_one(whole, tmp_p
 def test_some_of_these_kills_fell_into_a_save():
     print(f"{FOUND['kills']} kills, {FOUND['partial']} while a file was written, "
           f"{FOUND['two optimizers']} between two files of a checkpoint")
-    assert FOUND["kills"] == 60 and FOUND["partial"] + FOUND["two optimizers"] >= 5
+    if FOUND["kills"] < 60:
+        pytest.skip("only some of the moments were run")
+    assert FOUND["partial"] + FOUND["two optimizers"] >= 5 and FOUND["too late"] < 20

@@ -1,6 +1,7 @@
 """One command trains the rows of a table, whatever interrupts it, and the tables say what the rows say."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -52,6 +53,7 @@ def test_a_sweep_trains_each_row_once_goes_on_where_it_was_cut_and_tables_them(t
     assert {row["run"]: row["plan"] for row in rows} == dict(zip(names, ["dense", "all"] * 2, strict=True))
     assert rows[0]["init"].endswith("out/vqa/dense-seed0") and rows[0]["peak_memory"] > 10**7
     assert {"argv", "commit", "device", "torch", "placement"} <= rows[0].keys()
+    assert re.fullmatch(r"([0-9a-f]{40}(-dirty)?)?", rows[0]["commit"])
     assert {"accuracy", "step_flops", "seconds_per_step"} <= rows[0]["free_running"].keys()
     Path("out/vqa/dense-seed1/eval.json").unlink()  # as if it had been killed just then
     Child.asked.clear()
