@@ -564,7 +564,13 @@ def report(folder: Path, model: VideoLM, tokenizer: Tokenizer, source: data.Sour
 
 
 Curve = list[tuple[float, float, float]]  # x, y, standard error of y
-PALETTE = ("#285ac8", "#c8402a", "#2a8c4a", "#a06cd0", "#b07800", "#208a9a", "#606060")
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two, six at most"""
+    rough = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step = next(step for step in (rough, 2 * rough, 5 * rough, 10 * rough) if (high - low) / step <= 6)
+    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def chart(title: str, across: str, up: str, curves: dict[str, Curve]) -> str:
@@ -576,22 +582,26 @@ def chart(title: str, across: str, up: str, curves: dict[str, Curve]) -> str:
     parts = [f'<rect width="720" height="370" fill="#fff"/><text x="60" y="28" font-size="15">{title}</text>',
              f'<text x="300" y="358" text-anchor="middle">{across}</text>',
              f'<text transform="translate(14 180) rotate(-90)" text-anchor="middle">{up}</text>']
-    for i in range(5):  # the grid
-        x, y, value = 60 + 120 * i, 310 - 65 * i, left + (right - left) * i / 4
-        parts.append(f'<path d="M60 {y}H540" stroke="#ddd"/><text x="54" y="{y + 4}" text-anchor="end">'
-                     f'{low + (high - low) * i / 4:.1%}</text><text x="{x}" y="330" text-anchor="middle">'
+    wide, tall = 480 / (right - left), 260 / (high - low)
+    for value in ticks(low, high):
+        y = 310 - tall * (value - low)
+        parts.append(f'<path d="M60 {y:.1f}H540" stroke="#ddd"/>'
+                     f'<text x="54" y="{y + 4:.1f}" text-anchor="end">{value:.0%}</text>')
+    for value in ticks(left, right):
+        parts.append(f'<text x="{60 + wide * (value - left):.1f}" y="330" text-anchor="middle">'
                      f'{f"{value:.0%}" if right < 2 else round(value)}</text>')
     names: list[tuple[float, float]] = []  # where some stand
-    for (name, curve), colour in zip(curves.items(), itertools.cycle(PALETTE), strict=False):
-        at = [(60 + 480 * (x - left) / (right - left), 310 - 260 * (y - low) / (high - low),
-               260 * error / (high - low)) for x, y, error in curve]
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = f"hsl({360 * i // len(curves)},70%,38%)"
+        at = [(60 + wide * (x - left), 310 - tall * (y - low), tall * error) for x, y, error in curve]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in at)
         parts.append(f'<g stroke="{colour}"><polyline points="{line}" fill="none"/>')
         parts += [f'<path d="M{x:.1f} {y - e:.1f}v{2 * e:.1f}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" '
                   f'fill="{colour}"/>' for x, y, e in at]
-        x, y, _ = at[-1]
-        while any(abs(x - other) < 150 and abs(y - above) < 12 for other, above in names):
-            y += 1
+        x, own, _ = at[-1]
+        near = (y for n in range(65) for y in (own - 4 * n, own + 4 * n) if 50 < y < 310)
+        y = next((y for y in near if not any(abs(x - other) < 150 and abs(y - above) < 12
+                                             for other, above in names)), own)  # where there is room
         names.append((x, y))
         parts.append(f'</g><text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="{colour}">{escape(name)}</text>')
     return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 370" font-family="sans-serif" '
