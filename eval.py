@@ -630,14 +630,14 @@ def charts(rows: list[dict]) -> dict[str, str]:
                                 "share of the kept patches", looks)}
 
 
-MARKED = re.compile(r"(<!-- table: (\S+)(.*?) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- table: (\S+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render(text: str, folder: Path) -> str:
     """Make the tables between markers of what these name, `table: FILE.json [ROW ...] [against ROW]`"""
     def made(found: re.Match) -> str:
         rows, (names, _, base) = json.loads((folder / found[2]).read_text()), found[3].partition("against")
-        return found[1] + table(rows, names.split(), base.strip()) + found[4]
+        return f"{found[1]}{table(rows, names.split(), base.strip())}\n{found[4]}"
 
     return MARKED.sub(made, text)
 

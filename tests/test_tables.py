@@ -145,6 +145,7 @@ def test_only_what_stands_between_markers_is_renewed(tmp_path):
     made = page.format(evaluation.table(rows))
     assert evaluation.render(page.format("old\n\nolder"), tmp_path) == made
     assert evaluation.render(made, tmp_path) == made
+    assert evaluation.render(page.replace("{}\n", ""), tmp_path) == made  # nothing between the markers yet
 
 
 def test_a_scene_shows_exactly_what_it_says():
