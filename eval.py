@@ -590,20 +590,24 @@ def chart(title: str, across: str, up: str, curves: dict[str, Curve]) -> str:
     for value in ticks(left, right):
         parts.append(f'<text x="{60 + wide * (value - left):.1f}" y="330" text-anchor="middle">'
                      f'{f"{value:.0%}" if right < 2 else round(value)}</text>')
-    names: list[tuple[float, float]] = []  # where some stand
-    for i, (name, curve) in enumerate(curves.items()):
+    points = {name: [(60 + wide * (x - left), 310 - tall * (y - low), tall * error) for x, y, error in curve]
+              for name, curve in curves.items()}
+    taken = [(x - 4, x + 4, y) for at in points.values() for x, y, _ in at]  # from where to where, how high
+    for i, (name, at) in enumerate(points.items()):
         colour = f"hsl({360 * i // len(curves)},70%,38%)"
-        at = [(60 + wide * (x - left), 310 - tall * (y - low), tall * error) for x, y, error in curve]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in at)
         parts.append(f'<g stroke="{colour}"><polyline points="{line}" fill="none"/>')
         parts += [f'<path d="M{x:.1f} {y - e:.1f}v{2 * e:.1f}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" '
                   f'fill="{colour}"/>' for x, y, e in at]
-        x, own, _ = at[-1]
-        near = (y for n in range(65) for y in (own - 4 * n, own + 4 * n) if 50 < y < 310)
-        y = next((y for y in near if not any(abs(x - other) < 150 and abs(y - above) < 12
-                                             for other, above in names)), own)  # where there is room
-        names.append((x, y))
-        parts.append(f'</g><text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="{colour}">{escape(name)}</text>')
+        (x, own, _), long = at[-1], 5.8 * len(name)
+        near = ((begin, begin + long, y) for n in range(65) for y in (own - 4 * n, own + 4 * n)
+                for begin in (x + 7, x - 7 - long) if 50 < y < 310 and begin > 60)
+        taken.append(next((a for a in near if not any(a[0] < b[1] and b[0] < a[1] and abs(a[2] - b[2]) < 12
+                                                      for b in taken)), (x + 7, x + 7 + long, own)))
+        begin, end, y = taken[-1]  # where there is room
+        parts.append(f'<path d="M{x:.1f} {own:.1f}L{begin if begin > x else end:.1f} {y:.1f}"/></g>'
+                     f'<text x="{begin:.1f}" y="{y + 4:.1f}" textLength="{long:.0f}" fill="{colour}" '
+                     f'stroke="#fff" stroke-width="3" paint-order="stroke">{escape(name)}</text>')
     return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 370" font-family="sans-serif" '
             'font-size="12">\n' + "\n".join(parts) + "\n</svg>\n")
 
