@@ -249,16 +249,17 @@ class Watcher:
         spoke = speaks(logits, self.threshold, self.tokenizer.silent).tolist()
         return [turn if s else None for turn, s in zip(self.reply(spoke), spoke, strict=True)]
 
-    def reply(self, speaking: list[bool], logits: Tensor | None = None,
+    def reply(self, speaking: list[bool], logits: Tensor | None = None, group: Sequence[int] = (),
               drawn: Tensor | None = None) -> list[Turn]:
         """Let these streams speak of a frame; or answer a prompt, from the logits (B, vocabulary) after it
 
-        drawn: (B,) bool on the host, streams whose tokens are drawn, not the most likely
+        group: of each answer, -1: it never skips;  drawn: (B,) bool on the host, streams whose tokens are
+        drawn, not the most likely
         """
         said, t = [[] for _ in speaking], self.tokenizer
         barred = [t.pad, t.user, t.assistant, t.frame, t.silent]  # a reply is only text, then `<end>`
         token = [t.assistant for _ in speaking]
-        group, generator = -1 if logits is None or "assistant" in self.masked else 0, torch.Generator()
+        generator, group = torch.Generator(), group or [-1] * len(speaking)
         while any(speaking):
             if logits is not None:
                 logits[:, barred] = -math.inf
@@ -270,8 +271,8 @@ class Watcher:
                          for choice, ids in zip(best.tolist(), said, strict=True)]
                 for b, ids in enumerate(said):
                     ids.extend([token[b]] if speaking[b] and token[b] != t.end else [])
-            rows = [[[i], [group], [-100]] if now else [[]] * 3
-                    for i, now in zip(token, speaking, strict=True)]
+            rows = [[[i], [g], [-100]] if now else [[]] * 3
+                    for i, g, now in zip(token, group, speaking, strict=True)]
             logits = self.feed(rows, late=True)
             speaking = [now and i != t.end for i, now in zip(token, speaking, strict=True)]
         return [Turn(0, "assistant", t.decode(ids), tuple(ids)) for ids in said]
@@ -279,10 +280,11 @@ class Watcher:
     def ask(self, samples: list[Sample], drawn: Tensor | None = None) -> list[str]:
         """What it answers where each sample ends; all before the answer is one prompt. drawn: as in reply"""
         prompts = [[*s.turns[:-1], s.turns[-1]._replace(text="")] for s in samples]
-        rows = [[part[:-1] for part in self.layout(turns, len(s.frames))]  # without the `<end>` of the answer
-                for turns, s in zip(prompts, samples, strict=True)]
+        laid = [self.layout(turns, len(s.frames)) for turns, s in zip(prompts, samples, strict=True)]
+        rows = [[part[:-1] for part in row] for row in laid]  # without the `<end>` of the answer
         logits = self.feed(rows, data.stack([s.frames for s in samples]))
-        return [turn.text for turn in self.reply([True] * len(samples), logits, drawn)]
+        group = [min(row[1][-1], 0) for row in laid]  # as that `<end>`: an answer at a frame never skips
+        return [turn.text for turn in self.reply([True] * len(samples), logits, group, drawn)]
 
     def computed(self) -> Tensor:
         """(B, L) int64, the tokens of each stream that each layer computed so far"""

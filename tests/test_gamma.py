@@ -11,7 +11,7 @@ from strategies import routings
 import data
 import mod
 import train
-from data import VQA, Tokenizer, Turn
+from data import VQA, Forecast, Tokenizer, Turn
 from eval import Watcher, hear
 from mod import MASKED, Groups
 from model import Config, VideoLM, initialise
@@ -56,15 +56,17 @@ def test_the_routing_loss_is_the_mean_cross_entropy_towards_what_was_selected(ca
     assert loss == pytest.approx(sum(slow) / max(1, len(slow)))
 
 
+@pytest.mark.parametrize("world", [VQA(16), Forecast(16)], ids=["after-all", "at-a-frame"])
 @pytest.mark.parametrize("masked", sorted(MASKED))
-def test_an_answer_given_token_by_token_is_that_of_one_pass_over_the_same_groups(masked):
+def test_an_answer_given_token_by_token_is_that_of_one_pass_over_the_same_groups(masked, world):
     tokenizer = Tokenizer(())  # of bytes only: what is said is re-read as the same tokens
     config = Config(vocab_size=len(tokenizer), image_size=16, pool=2, keep=(0.5, 1.0, 0.2, 0.5),
                     router="shared", masked=masked)
     model = initialise(VideoLM(config), 1).double().requires_grad_(False)
-    samples = VQA(16).held_out(3)
+    samples = world.held_out(3)
     watcher = Watcher(model, tokenizer, torch.zeros(3, dtype=torch.int64), limit=6)
-    said, free = watcher.ask(samples), "assistant" not in MASKED[masked]
+    said = watcher.ask(samples)
+    free = "assistant" not in MASKED[masked] and samples[0].turns[-1].frame == world.frames
     for b, (sample, text) in enumerate(zip(samples, said, strict=True)):
         heard = sample._replace(turns=[*sample.turns[:-1], sample.turns[-1]._replace(text=text)])
         batch = data.collate([heard], config.tokens_per_frame, tokenizer, MASKED[masked])
