@@ -142,7 +142,7 @@ class Turn(NamedTuple):
 class Sample(NamedTuple):
     frames: np.ndarray  # (F, S, S, 3) uint8 RGB, or (F, P, W) float32 features of a frozen encoder
     turns: list[Turn]
-    seed: int  # names the stream
+    seed: int  # names the stream, for a random router; of a held-out clip, its place among those
 
 
 class Batch(NamedTuple):
@@ -527,9 +527,15 @@ class Folder:
         self.reader, self.scores = READERS.get(task, (None, ()))
         self.asks, self.kind = bool(self.scores), "held-out clips" if self.reader else "training clips"
         self.memory: dict[tuple, np.ndarray] = {}  # video, start, end -> frames or features
-        self.encoder: tuple[Callable[[Tensor], Tensor], Path, str] | None = None
+        self.encoder: tuple[Callable[[Tensor], Tensor], Path, str, Callable] | None = None
         self.clips = self.read("train")
         self.tested = self.read("val") if self.reader else self.clips
+        if not any("time" in t for clip in self.tested for t in clip.turns if t["role"] == "assistant"):
+            self.asks = True  # no reply is decided: each clip is a question about all of it
+            for clip in self.tested:
+                if [turn["role"] for turn in clip.turns[-2:]] != ["user", "assistant"]:
+                    raise ValueError(f"{clip.where} must end in a question and its answer where no reply of "
+                                     f"the folder has a time, got {len(clip.turns)} turns")
 
     def read(self, split: str) -> list[Clip]:
         """The clips of a split; of .jsonl files, which have but one, also those whose videos are missing."""
@@ -607,10 +613,12 @@ class Folder:
             if "time" in turn:
                 at, n = grid(turn["time"], self.fps) - grid(clip.start, self.fps), -1
                 if at >= len(frames):
-                    if self.reader and not self.asks:
+                    if not self.partial and (self.asks or not self.reader):
+                        raise ValueError(f"{clip.where} time must be at most {clip.start + last} s, the last "
+                                         f"frame of {clip.video.name}, got {turn['time']}")
+                    if not self.asks:
                         continue  # narrated after the end of the file
-                    raise ValueError(f"{clip.where} time must be at most {clip.start + last} s, the last "
-                                     f"frame of {clip.video.name}, got {turn['time']}")
+                    at = len(frames) - 1
             said.setdefault((at, turn["role"], n), []).append(turn["content"])
         turns = [Turn(at, role, " ".join(texts)) for (at, role, _), texts in said.items()]
         return Sample(frames, turns, number)
@@ -620,7 +628,7 @@ class Folder:
         order = np.random.default_rng([seed, step]).permutation(len(self.clips))[:count][rank::ranks]
         if not len(order):
             raise ValueError(f"{self.folder} must hold a clip for each of {ranks} processes, got too few")
-        return [self.sample(self.clips[i], i) for i in order]
+        return [self.sample(self.clips[i], step * len(self.clips) + i) for i in order]
 
     def held_out(self, count: int) -> list[Sample]:
         """At most `count` clips from all over the validation split; a folder of .jsonl files has only one."""

@@ -80,7 +80,7 @@ def arank(q: Tensor, k: Tensor, real: Tensor, softmax: bool = True) -> Tensor:
     whose rank is d for any long input. In float32, with the default tolerance of torch's matrix_rank.
     """
     ranks = []
-    for sample, n in zip((q @ k.mT).float(), real.sum(1).tolist(), strict=True):
+    for sample, n in zip(q.float() @ k.float().mT, real.sum(1).tolist(), strict=True):
         maps = sample[:, :n, :n]  # (H, n, n): cut, since the tolerance grows with the size of a matrix
         if softmax:
             future = torch.full_like(maps[0], -math.inf).triu(1)
@@ -121,7 +121,7 @@ class Groups:
     before: Tensor  # (B, T) int64, tokens of the same stream with a smaller group id
     late: Tensor  # (B, T) bool, decoded one by one after the group was chosen: each is a group, see select
     quota: dict[float, Tensor]  # r -> (B, T) int64, k of the token's group; T for text, 0 for padding
-    width: dict[float, int]  # r -> K, the most tokens that any of the streams keeps
+    width: dict[float, int]  # r -> K, the most tokens that any of the streams computes, late ones too
 
     @classmethod
     def plan(cls, id: Tensor, keep: tuple[float, ...], real: Tensor | None = None,
@@ -164,7 +164,7 @@ class Router(nn.Module):
 
 
 def random_score(position: Tensor, layer: int, seed: Tensor) -> Tensor:
-    """Scores drawn anew for each stream, layer and token.    Table 3 of VideoLLM-MoD, "Random"
+    """Scores drawn anew for each stream (its seed), layer and token.    Table 3 of VideoLLM-MoD, "Random"
 
     position: (B, T) int64;  seed: (B,) int64, names the stream -> (B, T) float32 in [0, 1]
     """

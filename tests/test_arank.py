@@ -26,6 +26,11 @@ def test_maps_of_known_rank_have_it_in_any_batch_and_beside_any_padding(seed, si
     assert arank(q, k, real, softmax).tolist() == pytest.approx(known)
 
 
+def test_the_rank_of_the_formula_is_at_most_the_width_of_a_head_in_bfloat16_too():
+    q, k = (normal(seed, 1, 2, 64, 8).bfloat16() for seed in (0, 1))
+    assert arank(q, k, torch.ones(1, 64).bool(), softmax=False).tolist() == [8]
+
+
 @pytest.mark.parametrize("softmax", [True, False])
 def test_each_layer_is_measured_on_its_own_input_with_its_own_heads(softmax):
     model = tiny((1.0,) * 3, 0, "cpu")

@@ -82,6 +82,34 @@ def test_each_clip_is_encoded_once_and_read_from_its_file_afterwards(tmp_path):
         folder.held_out(2)
 
 
+@needs_ffmpeg
+def test_clips_whose_replies_have_no_time_are_questions_about_all_of_it(tmp_path):
+    make_video(tmp_path / "v.mp4", 2)
+    turns = [{"role": role, "content": "Well."} for role in ("user", "assistant")]
+    folder = Folder(annotate(tmp_path, {"video": "v.mp4", "conversation": turns}), size=16)
+    assert folder.asks and [turn.frame for turn in folder.held_out(1)[0].turns] == [4, 4]
+    annotate(tmp_path, *({"video": "v.mp4", "conversation": told} for told in (turns, [TURN | {"time": 1}])))
+    assert not Folder(tmp_path, size=16).asks  # one is said at a time
+    annotate(tmp_path, {"video": "v.mp4", "conversation": turns[1:]})
+    with pytest.raises(ValueError, match=r"line 1: must end in a question and its answer .*, got 1 turns"):
+        Folder(tmp_path, size=16)
+
+
+@needs_ffmpeg
+def test_of_a_damaged_clip_that_may_be_used_what_is_said_after_its_rest_is_left_out(tmp_path):
+    make_video(tmp_path / "v.mp4", 2)
+    entry = {"video": "v.mp4", "conversation": [TURN | {"time": 1}, TURN | {"time": 3}]}
+    (sample,) = Folder(annotate(tmp_path, entry), size=16, partial=True).held_out(1)
+    assert [turn.frame for turn in sample.turns] == [2]
+
+
+@needs_ffmpeg
+def test_a_clip_draws_other_random_scores_in_each_step(tmp_path):
+    make_video(tmp_path / "v.mp4", 1)
+    folder = Folder(annotate(tmp_path, *[{"video": "v.mp4", "conversation": [TURN]}] * 3), size=16)
+    assert len({s.seed for step in range(4) for s in folder.batch(0, step, 3)}) == 12
+
+
 def tiny() -> VideoLM:
     config = replace(preset("tiny"), vocab_size=len(Tokenizer()), keep=(1.0, 0.2) * 2)
     return initialise(VideoLM(config), 0).double()
