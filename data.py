@@ -8,7 +8,6 @@ A question after the last frame is answered without being asked whether.
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import struct
@@ -539,8 +538,9 @@ class Folder:
 
     def read(self, split: str) -> list[Clip]:
         """The clips of a split; of .jsonl files, which have but one, also those whose videos are missing."""
-        entries = [line for file in sorted(self.folder.glob("*.jsonl")) for line in read_lines(file)]
-        if self.reader:
+        if not self.reader:
+            entries = [line for file in sorted(self.folder.glob("*.jsonl")) for line in read_lines(file)]
+        else:
             try:
                 entries = [(f"{self.folder}, {self.task} {split}, {str(entry['video'])[:60]}:", entry)
                            for entry in self.reader(self.folder, split)]
@@ -558,13 +558,14 @@ class Folder:
             print(f"{self.folder}: {len(clips) - len(found)} of {len(clips)} clips lack their video")
         return found
 
-    def encode(self, encoder: Callable[[Tensor], Tensor], cache: Path, key: str) -> None:
+    def encode(self, encoder: Callable[[Tensor], Tensor], cache: Path, key: str, write: Callable) -> None:
         """From now on samples hold the features of a frozen encoder: each clip is encoded once, into a file.
 
         encoder: (N, 3, S, S) uint8 on the host -> (N, P, W);  cache: folder of files;  key: names the encoder
+        write: model.write
         """
         cache.mkdir(parents=True, exist_ok=True)
-        self.encoder, self.memory = (encoder, cache, key), {}
+        self.encoder, self.memory = (encoder, cache, key, write), {}
 
     def decode(self, clip: Clip) -> np.ndarray:
         """-> (F, S, S, 3) uint8. Raises ValueError: more than CLIP bytes, and as read_video does."""
@@ -579,7 +580,7 @@ class Folder:
     @torch.no_grad()
     def features(self, clip: Clip) -> np.ndarray:
         """-> (F, P, W) float32. Raises ValueError if the file of an earlier run is damaged."""
-        encoder, cache, key = self.encoder
+        encoder, cache, key, write = self.encoder
         stat = clip.video.stat()
         about = (clip.video.resolve(), stat.st_size, stat.st_mtime_ns, clip.start, clip.end, self.fps,
                  self.size, self.partial, key)
@@ -587,13 +588,7 @@ class Folder:
         file = cache / f"{name}.safetensors"
         if not file.exists():
             parts = [encoder(part).float().cpu() for part in stack([self.decode(clip)])[0].split(64)]
-            unfinished = cache / f"{name}.{os.getpid()}.partial"
-            try:
-                save_file({"features": torch.cat(parts)}, unfinished)
-                os.replace(unfinished, file)
-            except (OSError, SafetensorError) as error:
-                unfinished.unlink(missing_ok=True)
-                raise OSError(f"{file} must be written whole: {error}") from None
+            write(file, lambda path: save_file({"features": torch.cat(parts)}, path))
         try:
             return load_file(file)["features"].numpy()
         except (OSError, SafetensorError, KeyError) as error:

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import platform
 import re
 import textwrap
@@ -206,6 +207,8 @@ class Watcher:
 
     def __init__(self, model: VideoLM, tokenizer: Tokenizer, seed: Tensor, threshold: float = 0.0,
                  window: int | None = None, limit: int = 200) -> None:
+        if window and "user" not in MASKED[model.config.masked]:
+            raise ValueError(f"window must be 0 where questions may skip (masked none), got {window}")
         self.model, self.tokenizer, self.threshold, self.limit = model, tokenizer, threshold, limit
         self.device, self.streams, self.group = model.lm_head.weight.device, len(seed), 0  # the next group
         self.seed, self.cache = seed.to(self.device), Cache(model, len(seed), window)
@@ -474,14 +477,15 @@ def ranks_of(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample]) -> Ten
 
 def print_ranks(model: VideoLM, tokenizer: Tokenizer, source: data.Source, samples: int = 50) -> None:
     """A bar a layer, the spread over samples, the placement it implies, and what other samples say."""
-    ranks, others = (ranks_of(model, tokenizer, source.batch(0, step, samples)) for step in (0, 1))
+    every = ranks_of(model, tokenizer, source.batch(0, 0, 2 * samples))
+    ranks, others = every.chunk(2) if len(every) > 1 else (every, every)
     mean, spread = ranks.mean(0), ranks.std(0, correction=0)
     print(f"ARank of {len(ranks)} samples: rank of the attention maps, mean over heads, +- spread")
     for layer, r in enumerate(rank_placement(mean.tolist(), 0.5)):
         bar, kind = "#" * round(40 * float(mean[layer] / mean.max())), "dense" if r == 1 else "routed"
         print(f"layer {layer:2} {mean[layer]:7.1f} +-{spread[layer]:5.1f}  {kind:6}  {bar}")
     order = torch.stack([m.argsort().argsort().double() for m in (mean, others.mean(0))])
-    print(f"Spearman correlation with a second batch of {len(others)}: {torch.corrcoef(order)[0, 1]:.2f}")
+    print(f"Spearman correlation with {len(others)} others: {torch.corrcoef(order)[0, 1]:.2f}")
 
 
 # --- pictures and tables ------------------------------------------------------------------------------------
@@ -704,7 +708,8 @@ def table(rows: list[dict] | dict, names: Sequence[str] = (), base: str = "") ->
                  for _, key, form in columns]
         apart = [runs[name][n][main] - beside[n][main] for n in sorted(runs[name].keys() & beside.keys())]
         told = len(apart) > 1 and name != base
-        cell = f"{100 * fmean(apart):+.1f} points (p {students_p(apart):.3f})" if told else ""
+        p = f"{students_p(apart):.3f}".replace("0.000", "< 0.001") if told else ""
+        cell = f"{100 * fmean(apart):+.1f} points (p {p})" if told else ""
         lines.append([*line, cell] if compared else line)
     return grid(lines)
 
@@ -804,7 +809,8 @@ def encode_once(source: data.Source, model: VideoLM, cache: Path) -> None:
         written = [file.stat().st_mtime_ns for file in sorted(Path(c.vision).glob("*.safetensors"))]
         about = [v for name, v in vars(c).items() if name.startswith(("vision", "image", "patch", "pool"))]
         key = f"{about} {written}"
-        source.encode(lambda pixels: model.vision_model(pixels.to(device)), cache, key)
+        source.encode(lambda pixels: model.vision_model(pixels.to(device)), cache, key,
+                      partial(write, mark=f".{os.getpid()}"))
 
 
 # --- speed and memory: dense beside MoD, of the same weights, at the same shapes ----------------------------
@@ -1094,7 +1100,7 @@ def preload(watcher: Watcher, frames: int) -> None:
 
 
 def profile(name: str, device: torch.device, compiled: bool) -> None:
-    """The whole measurement of a preset -> results/profile-NAME-DEVICE.json"""
+    """The whole measurement of a preset -> out/profile-NAME-DEVICE.json"""
     p = Profile(name, device, compiled)
     steps, prefills, pools, contexts, streams = PROFILES[name]
     about = {"preset": name, "device": torch.cuda.get_device_name() if p.gpu else platform.machine(),
@@ -1102,7 +1108,8 @@ def profile(name: str, device: torch.device, compiled: bool) -> None:
              "compiled": compiled, "ceiling": p.ceiling}
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
     print(*map(str.ljust, COLUMNS, COLUMNS.values()), sep="")
-    file = Path(__file__).parent / "results" / f"profile-{name}-{device.type}.json"
+    file = Path("out") / f"profile-{name}-{device.type}.json"
+    file.parent.mkdir(exist_ok=True)
     plan = [(p.train, work) for work in steps]
     if p.timed:
         plan += [(p.prefill, work) for work in prefills]
@@ -1159,17 +1166,18 @@ class EvalConfig:
     flops: bool = opt(False, "print the papers' cost tables instead")
     arank: bool = opt(False, "rank the layers of a dense run instead (gamma-MoD)")
     profile: bool = opt(False, "measure speed and memory, dense beside MoD, at the sizes of --preset instead")
-    preset: str = opt("tiny", f"with --profile: {', '.join(PROFILES)}")
+    preset: str = opt("tiny", ", ".join(PROFILES), needs="profile")
     table: bool = opt(False, "renew the tables of the READMEs from results/, or print that of the folder of "
                              "runs RUN and write RUN.json")
     merge: str = opt("", "folder for the same run with its adapters merged into the weights")
     streams: int = opt(64, "held-out streams to evaluate on")
     threshold: float = opt(0.0, "speak where silence is less likely than this (theta of VideoLLM-online)")
-    query: str = opt(data.QUERY, "with --watch: what to ask before the first frame")
+    query: str = opt("", "what to ask before the first frame (default: as narration or ego4d asks)",
+                     needs="watch")
     html: str = opt("", "file for a page of the stream watched: --watch, or else one of the embedded world")
-    window: int = opt(0, "with --watch: frames to remember, 0: all")
+    window: int = opt(0, "frames to remember, 0: all", needs="watch or html")
     compile: bool = opt(False, "compile the model")
-    partial: bool = opt(False, "with --watch: use what can be decoded of a damaged video")
+    partial: bool = opt(False, "use what can be decoded of a damaged video", needs="watch")
     device: str = opt("", "cpu or cuda (default: cuda where there is one)")
 
     def __post_init__(self) -> None:
@@ -1183,7 +1191,8 @@ def watch(cfg: EvalConfig, model: VideoLM, tokenizer: Tokenizer, trained: dict, 
     if cfg.html and (Path(cfg.html).is_dir() or not Path(cfg.html).parent.is_dir()):
         raise ValueError(f"html must name a file in a folder that is there, got {cfg.html}")
     watcher = Watcher(model, tokenizer, torch.zeros(1).long(), cfg.threshold, cfg.window or None)
-    size, fps, query = model.config.image_size, trained["fps"], cfg.query
+    size, fps = model.config.image_size, trained["fps"]
+    query = cfg.query or (data.NARRATE if trained["task"] == "ego4d" else data.QUERY)
     if cfg.watch:
         video = data.read_video(Path(cfg.watch), fps, size, cfg.partial)
     else:
@@ -1197,7 +1206,7 @@ def watch(cfg: EvalConfig, model: VideoLM, tokenizer: Tokenizer, trained: dict, 
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg, _ = models.parse(EvalConfig, argv, __doc__)
+    cfg, given = models.parse(EvalConfig, argv, __doc__)
     if cfg.flops:
         return print_cost()
     if cfg.profile:
@@ -1219,6 +1228,8 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.watch or cfg.html:
         return watch(cfg, model, tokenizer, trained, folder / "watch.png")
     source = data.open_source(**trained, size=model.config.image_size)
+    if source.asks and "threshold" in given:
+        raise ValueError(f"threshold must be given for a task with decisions, got {trained['task']}")
     encode_once(source, model, folder.parent / "features")
     if cfg.arank:
         return print_ranks(model, tokenizer, source)

@@ -84,8 +84,9 @@ class Config:
                  "vision_act": ACTIVATIONS}
         scaling, std, side = self.rope_scaling, self.image_std, self.image_size // self.patch_size
         for name, holds, must in (
-                ("num_hidden_layers", self.num_hidden_layers <= 1000, "be at most 1000"),  # whoever wrote the
-                ("vision_layers", self.vision_layers <= 1000, "be at most 1000"),  # file, it is soon refused
+                # so that a damaged file cannot ask for millions of layers
+                ("num_hidden_layers", self.num_hidden_layers <= 1000, "be at most 1000"),
+                ("vision_layers", self.vision_layers <= 1000, "be at most 1000"),
                 ("vision_hidden_size", self.vision_hidden_size % self.vision_heads == 0,
                  "be a multiple of vision_heads"),
                 ("num_attention_heads", self.num_attention_heads % self.num_key_value_heads == 0,
@@ -559,10 +560,10 @@ def initialise(model: VideoLM, seed: int, names: Collection[str] | None = None) 
 class Cache:
     """Keys and values of B streams. Each layer holds only the tokens that it computed.
 
-    A layer has room for more rows than it uses, so that shapes change seldom; unused rows have the position
-    PADDING, as has what is no token where streams differ, or where a late token skips. A position comes from
-    one counter a stream, never from the length of a layer, and stays with its token. So one rule serves full,
-    routed and evicted layers, streams of any length: a query sees what is not later.
+    A layer has room for more rows than it uses, so that shapes change seldom. The position PADDING marks a
+    row that is not used, that pads a stream beside a longer one, or whose late token skips. A position comes
+    from one counter a stream, never from the length of a layer, and stays with its token. So one rule serves
+    full, routed and evicted layers, streams of any length: a query sees what is not later.
     Within a stream, group ids must grow from chunk to chunk.
     window: None, or W: the first text stays, and the last W frames, each with the text that follows it
     """
@@ -826,9 +827,12 @@ def save(folder: Path, model: VideoLM, weights: dict[str, Tensor] | None = None,
     write(folder / "model.safetensors", lambda path: save_file(held, path, metadata={"step": str(step)}))
 
 
-def write(path: Path, fill: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name, then rename it: nobody sees half of it, nor on a full disk."""
-    unfinished = path.with_name(path.name + ".partial")
+def write(path: Path, fill: Callable[[Path], object], mark: str = "") -> None:
+    """Write a file under a temporary name, then rename it: nobody sees half of it, nor on a full disk.
+
+    mark: in that name, where several processes write the same file
+    """
+    unfinished = path.with_name(f"{path.name}{mark}.partial")
     try:
         fill(unfinished)
         os.replace(unfinished, path)
@@ -881,9 +885,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], int]:
         raise ValueError(f"{path} must be a safetensors file: {error}") from None
 
 
-def opt(default: object, help: str, positional: bool = False) -> object:
-    """A dataclass field that is also a flag; `help` is its only documentation."""
-    return field(default=default, metadata={"help": help, "positional": positional})
+def opt(default: object, help: str, positional: bool = False, needs: str = "") -> object:
+    """A dataclass field that is also a flag; `help` is its only documentation. needs: flags it goes with"""
+    help = f"with --{needs.replace(' or ', ' or --')}: {help}" if needs else help
+    return field(default=default, metadata={"help": help, "positional": positional, "needs": needs})
 
 
 class Parser(argparse.ArgumentParser):
@@ -906,7 +911,12 @@ def parse(cls: type, argv: list[str] | None, doc: str) -> tuple[object, set[str]
         name = f.name if positional else f"--{f.name}"
         parser.add_argument(name, default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args(argv))
-    return cls(**given), set(given)
+    config = cls(**given)
+    for f in fields(cls) if "resume" not in given else ():
+        needs = f.metadata["needs"]
+        if needs and f.name in given and not any(getattr(config, name) for name in needs.split(" or ")):
+            raise ValueError(f"{f.name} must be given with {needs}, got no {needs}")
+    return config, set(given)
 
 
 def pick_device(name: str) -> torch.device:
@@ -921,11 +931,13 @@ def printable(text: str) -> str:
 
 
 def run(main: Callable[[list[str] | None], None]) -> None:
-    """Call a main function; a user's mistake (ValueError, OSError) ends in one sentence and exit status 2."""
+    """Call a main function; a user's mistake, or too little memory, ends in one sentence, status 2."""
     try:
         main(None)
-    except (ValueError, OSError) as error:
-        print(printable(f"{Path(sys.argv[0]).name}: error: {error}"), file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("(of|allocate) memory", str(error)):
+            raise
+        print(printable(f"{Path(sys.argv[0]).name}: error: {str(error) or 'out of memory'}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

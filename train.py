@@ -8,6 +8,8 @@
     python train.py --llm DIR --vision DIR --data DIR --gate unit
     python train.py --sweep NAME    the rows of a table, with several seeds
     torchrun --nproc_per_node=2 train.py    the same steps on two GPUs
+
+A task other than narration has defaults of its own (TASK_DEFAULTS), as have pretrained folders.
 """
 
 import json
@@ -63,9 +65,9 @@ TASK_DEFAULTS = {
             "masked": "question+answer", "routing_loss": 0.01, "steps": 1200}}
 PRETRAINED_DEFAULTS = {"adam_lr": 0.0002}  # as in the paper
 SWEEPS = {  # rows of the papers' tables, the flags that make them; DENSE: the dense run of the same seed
-    "narration": """
+    **dict.fromkeys(("narration", "forecast", "summary"), """
         dense                --plan dense
-        interleaved          --plan interleaved""",
+        interleaved          --plan interleaved"""),
     "scene": """
         dense                --plan dense
         early-exit           --plan early-exit
@@ -80,12 +82,6 @@ SWEEPS = {  # rows of the papers' tables, the flags that make them; DENSE: the d
         interleaved-0.3      --plan interleaved --keep 0.3
         all-random           --plan all --router random
         all-uniform          --plan all --router uniform""",
-    "forecast": """
-        dense                --plan dense
-        interleaved          --plan interleaved""",
-    "summary": """
-        dense                --plan dense
-        interleaved          --plan interleaved""",
     "vqa": """
         dense                --plan dense
         dense-converted      --init DENSE --plan dense
@@ -102,7 +98,6 @@ SWEEPS = {  # rows of the papers' tables, the flags that make them; DENSE: the d
         arank-0.49           --init DENSE --plan arank --keep 0.49
         arank-0.32           --init DENSE --plan arank --keep 0.32""",
 }
-NEEDS = {"lora_rank": "llm", "lora_alpha": "llm", "lora_dropout": "llm", "train_vision": "vision"}
 
 
 @dataclass(frozen=True)
@@ -114,21 +109,22 @@ class TrainConfig:
     task: str = opt("narration", f"embedded world: {', '.join(data.TASKS)}; benchmark whose annotations "
                                  f"--data holds: {', '.join(data.READERS)}")
     data: str = opt("", "folder of clips and .jsonl conversations to learn instead")
-    fps: float = opt(2.0, "frames a second to read of clips")
-    partial: bool = opt(False, "use what can be decoded of damaged clips")
+    fps: float = opt(2.0, "frames a second to read of clips", needs="data")
+    partial: bool = opt(False, "use what can be decoded of damaged clips", needs="data")
     preset: str = opt("tiny", f"sizes of the model: {', '.join(models.PRESETS)}; of the large ones, only "
                               "adapters learn")
-    init: str = opt("", "run folder whose weights to start from, instead of a preset")
+    init: str = opt("", "run folder whose weights to start from, instead of a preset; plan, router, gate and "
+                        "masked are those of the flags")
     llm: str = opt("", "Hugging Face folder of a Llama, Mistral or Qwen2: the decoder to start from")
     vision: str = opt("", "Hugging Face folder of a CLIP or SigLIP: the encoder to start from")
-    train_vision: bool = opt(False, "with --vision: let the encoder learn too")
+    train_vision: bool = opt(False, "let the encoder learn too", needs="vision")
     pool: int = opt(0, "a frame is CLS and a pool x pool grid (0: the preset's, 3 with --vision)")
-    lora_rank: int = opt(128, "with --llm: rank of the adapters, 0: the decoder itself learns")
-    lora_alpha: float = opt(256.0, "with --llm: the adapters' update is weighed by alpha / rank")
-    lora_dropout: float = opt(0.05, "with --llm: dropout before the adapters")
+    lora_rank: int = opt(128, "rank of the adapters, 0: the decoder itself learns", needs="llm")
+    lora_alpha: float = opt(256.0, "the adapters' update is weighed by alpha / rank", needs="llm")
+    lora_dropout: float = opt(0.05, "dropout before the adapters", needs="llm")
     plan: str = opt("interleaved", f"which layers are routed: arank (by that of the --init or --llm), "
                                    f"{', '.join(PLACEMENTS)}")
-    dense_layers: int = opt(0, "with --plan arank: layers that stay dense (0: an eighth of them, at most 4)")
+    dense_layers: int = opt(0, "of --plan arank: layers that stay dense (0: an eighth of them, at most 4)")
     keep: float = opt(0.2, "keep ratio r of the routed layers")
     router: str = opt("learned", f"what scores the tokens: {', '.join(models.ROUTERS)}")
     gate: str = opt("sigmoid", f"turns a score into the weight of the update: {', '.join(GATES)}")
@@ -165,7 +161,8 @@ class TrainConfig:
         usual = {"router": "learned", "gate": "sigmoid", "masked": "text"} | TASK_DEFAULTS.get(self.task, {})
         other = [getattr(self, f) for f in ("router", "gate", "masked") if getattr(self, f) != usual[f]]
         start = (["converted"] if self.init else []) + [f"seed{self.seed}"]
-        learnt = [part for part in (Path(self.llm).name, Path(self.data).name) if part] or [self.task]
+        task = [self.task] if self.task != "narration" or not (self.llm or self.data) else []
+        learnt = [part for part in (Path(self.llm).name, Path(self.data).name) if part] + task
         name = [*learnt, self.plan, *routed, *other, *start]
         return Path(self.out or f"out/{'-'.join(name)}")
 
@@ -388,13 +385,16 @@ def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
     """The settings of this run; with --resume those it began with. Raises ValueError if the given clash."""
     fixed = given | ({"steps"} if cfg.init else set())
     usual = TASK_DEFAULTS.get(cfg.task, {})
-    for name, other in NEEDS.items():
-        if name in given and not getattr(cfg, other) and not cfg.resume:
-            raise ValueError(f"{name} must be given with {other}, got no {other}")
+    if cfg.data and cfg.task in data.TASKS and cfg.task != "narration":
+        raise ValueError(f"task must not be given with data but to name a benchmark, got {cfg.task}")
     begins = models.read_config(Path(cfg.init)) if cfg.init else models.preset(cfg.preset)
     if cfg.llm or cfg.train_vision or begins.llm or begins.lora_rank:
         usual = usual | PRETRAINED_DEFAULTS
     cfg = replace(cfg, **{name: value for name, value in usual.items() if name not in fixed})
+    for name, use in (("preset", not cfg.init), ("dense_layers", cfg.plan == "arank"), ("shard", RANKS > 1),
+                      ("routing_loss", cfg.router in ("learned", "shared"))):
+        if name in given and not use and not cfg.resume:
+            raise ValueError(f"{name} must be left out where it changes nothing, got {getattr(cfg, name)}")
     paths = {name: getattr(cfg, name) for name in ("data", "llm", "vision")}  # the same from any folder
     cfg = replace(cfg, **{name: str(Path(path).resolve()) for name, path in paths.items() if path})
     file = cfg.folder / "train.json"
@@ -534,9 +534,10 @@ def sweep(name: str, seeds: int, jobs: int, flags: dict[str, str]) -> None:
             how = ["--resume"] if (run / "model.safetensors").exists() else new
             how = [dense if flag == "DENSE" else flag for flag in how] + [f"--device={device}"]
             with open(f"{run}.log", "a") as log:
-                running.append(subprocess.Popen([sys.executable, __file__, f"--out={run}", *how], stdout=log,
-                                                stderr=log, env=environment))
-                if running[-1].wait() and not stopped.is_set():
+                process = subprocess.Popen([sys.executable, __file__, f"--out={run}", *how], stdout=log,
+                                           stderr=log, env=environment)
+                running.append(process)
+                if process.wait() and not stopped.is_set():
                     stopped.set()
                     raise ValueError(f"{run} must train and be evaluated, its end is in {run}.log")
 
@@ -559,8 +560,8 @@ class Command(TrainConfig):
     """What one call may ask for beside the settings of a run"""
 
     sweep: str = opt("", f"train the rows of a table, into out/NAME and out/NAME.json: {', '.join(SWEEPS)}")
-    seeds: int = opt(5, "with --sweep: how many, from 0")
-    jobs: int = opt(1, "with --sweep: runs at once, which share the cores")
+    seeds: int = opt(5, "how many, from 0", needs="sweep")
+    jobs: int = opt(1, "runs at once, which share the cores", needs="sweep")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -572,8 +573,6 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"sweep must be started by one process, got {RANKS} of torchrun")
         flags = {name: str(getattr(asked, name)) for name in sorted(given & {"steps", "streams", "device"})}
         return sweep(asked.sweep, asked.seeds, asked.jobs, flags)
-    if wrong := sorted(given & {"seeds", "jobs"}):
-        raise ValueError(f"{wrong[0]} must be given with sweep, got no sweep")
     cfg = settings(TrainConfig(**{f.name: getattr(asked, f.name) for f in fields(TrainConfig)}), given)
     device = models.pick_device(cfg.device)
     if RANKS > 1 and device.type == "cuda":

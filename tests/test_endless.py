@@ -3,6 +3,7 @@
 import gc
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,12 @@ def test_a_reply_without_an_end_is_ended_after_its_limit_and_the_stream_goes_on(
     said = [watcher.watch(frame)[0] for frame in frames]
     assert [len(turn.said) for turn in said] == [7, 7, 7]
     assert int(watcher.cache.seen) == 3 * (2 + 1 + 1 + 7 + 1)  # frame, <frame>, <assistant>, reply, <end>
+
+
+def test_no_window_is_kept_where_questions_may_skip_as_they_would_compete_in_one_chunk_and_not_in_two():
+    model = VideoLM(replace(SMALL, masked="none"))
+    with pytest.raises(ValueError, match=r"window must be 0 where questions may skip \(masked none\), got 8"):
+        evaluation.Watcher(model, TOKENIZER, torch.zeros(1).long(), window=8)
 
 
 def test_a_question_in_mid_stream_is_heard_before_its_frame_with_a_window_as_without(monkeypatch):

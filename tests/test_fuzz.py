@@ -131,7 +131,7 @@ def write_features(folder):
 
 def with_features(folder):
     clips = data.Folder(folder, 16)
-    clips.encode(lambda frames: frames.float().mean((2, 3))[:, None], folder, "mean")
+    clips.encode(lambda frames: frames.float().mean((2, 3))[:, None], folder, "mean", models.write)
     return clips
 
 

@@ -131,8 +131,7 @@ def test_a_compiled_stream_is_one_graph_a_chunk_and_is_compiled_no_more_while_th
 
 
 def test_a_profile_is_measured_written_and_shown(monkeypatch, tmp_path, capsys):
-    (tmp_path / "results").mkdir()
-    monkeypatch.setattr(evaluation, "__file__", str(tmp_path / "eval.py"))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(evaluation.PROFILES, "tiny", ([(1, 4, 2)], [(1, 4)], [1, 2], [30], [1, 2]))
     evaluation.main(["--profile", "--device", "cpu"])
     out = capsys.readouterr().out.splitlines()
@@ -140,7 +139,7 @@ def test_a_profile_is_measured_written_and_shown(monkeypatch, tmp_path, capsys):
     head = next(n for n, line in enumerate(out) if line.startswith("work"))
     work = ["train", "prefill", *["stream"] * 4, "train", "prefill"]  # with two remarks
     assert [line.split()[0] for line in out[head + 1 :] if line[0] != " "][:-1] == work
-    report = json.loads((tmp_path / "results" / "profile-tiny-cpu.json").read_text())
+    report = json.loads((tmp_path / "out" / "profile-tiny-cpu.json").read_text())
     assert report["ceiling"]["flops"] > 0 and not any(row["recompiled"] for row in report["rows"])
     for row in report["rows"]:
         assert 0 < row["implied"] < 1 and row["mod"]["flops"] < row["dense"]["flops"]

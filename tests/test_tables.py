@@ -86,7 +86,7 @@ def test_who_stops_a_sweep_stops_its_runs(tmp_path):
 
 
 @pytest.mark.parametrize(("wrong", "complaint"), [
-    (["--sweep", "nope"], "sweep must be one of narration, scene, forecast, summary, vqa, got nope"),
+    (["--sweep", "nope"], "sweep must be one of narration, forecast, summary, scene, vqa, got nope"),
     (["--jobs", "2"], "jobs must be given with sweep, got no sweep"),
     (["--sweep", "scene", "--seed", "1"], "sweep must not be given with seed, which its rows have")])
 def test_a_sweep_that_cannot_be_is_refused_in_a_sentence(wrong, complaint):
@@ -126,7 +126,7 @@ def test_a_table_has_means_and_errors_in_the_order_asked_for_and_compares_seed_b
             for seed, value in enumerate(values)]
     assert evaluation.table(rows, ["dense", "a-b", "c"]).splitlines()[2:] == [
         "| `dense` (3 seeds) | 40.0% ± 5.8% | 50.0% |  |",
-        "| `a-b` (3 seeds) | 80.0% ± 5.8% | 50.0% | +40.0 points (p 0.000) |",
+        "| `a-b` (3 seeds) | 80.0% ± 5.8% | 50.0% | +40.0 points (p < 0.001) |",
         "| `c` (2 seeds) | 20.0% ± 10.0% | 50.0% | -25.0 points (p 0.344) |"]
     assert "against `c`" in evaluation.table(rows, ["a-b"], "c")
     for names, base in ((["absent"], ""), ([], "absent")):

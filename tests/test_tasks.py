@@ -14,7 +14,7 @@ import data
 from data import Folder, Forecast, Summary, Tokenizer, Turn, numbered, read_video, stack, tokenizer_for
 from eval import Watcher, cut, evaluate
 from mod import MASKED
-from model import VideoLM, initialise, preset
+from model import VideoLM, initialise, preset, write
 
 LLM = str(Path(__file__).parent / "fixtures" / "smollm2")  # its tokenizer.json has 270 entries
 
@@ -70,7 +70,7 @@ def test_each_clip_is_encoded_once_and_read_from_its_file_afterwards(tmp_path):
 
     for key in ("mean", "mean", "other"):
         folder = Folder(tmp_path, size=16)
-        folder.encode(encoder, tmp_path / "cache", key)
+        folder.encode(encoder, tmp_path / "cache", key, write)
         for sample, p in zip(folder.held_out(2), plain, strict=True):
             np.testing.assert_allclose(sample.frames, p.frames.mean(2), rtol=1e-5)
             assert sample.turns == p.turns and np.array_equal(folder.pixels(sample), p.frames)
