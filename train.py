@@ -9,7 +9,8 @@
     python train.py --sweep NAME    the rows of a table, with several seeds
     torchrun --nproc_per_node=2 train.py    the same steps on two GPUs
 
-A task other than narration has defaults of its own (TASK_DEFAULTS), as have pretrained folders.
+Other tasks than narration have defaults of their own (TASK_DEFAULTS), as have
+pretrained folders.
 """
 
 import json

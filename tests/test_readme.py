@@ -14,7 +14,7 @@ import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BUDGETS = {"README.md": 260, "mod.py": 280, "model.py": 943, "data.py": 871, "train.py": 592, "eval.py": 1240}
+BUDGETS = {"README.md": 260, "mod.py": 280, "model.py": 943, "data.py": 871, "train.py": 595, "eval.py": 1240}
 MAP = re.findall(r"^\| ((?:Eq\.|Sections?|Table) [^,|]+|[\w ]+ of gamma-MoD), [^|]*\| `(\w+)\.(\w+)` "
                  r"\| `tests/\w+\.py` \|$", README, re.M)
 
