@@ -20,3 +20,12 @@ def test_the_formula_is_the_count_of_a_real_forward_pass(watch, head):
     tokens = computed(c.keep, T - F * c.tokens_per_frame, F, c.tokens_per_frame)
     assert tokens == [int(out.keep[layer].sum()) if layer in out.keep else T for layer in range(len(tokens))]
     assert 2 * sum(flops(c, tokens, F, min(head, T)).values()) == counter.get_total_flops()
+
+
+@given(watches())
+def test_a_layer_computes_all_streams_of_a_batch_in_one_call(watch):
+    called = []
+    for layer in watch.model.layers:
+        layer.register_forward_hook(lambda block, rows, out: called.append(len(out)))
+    watch.model(*watch.whole())
+    assert len(called) <= len(watch.model.layers) and {*called} <= {len(watch.seed)}

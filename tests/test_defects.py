@@ -118,7 +118,8 @@ PLANTS = {  # number and defect -> the function it is planted in, what it replac
     "the first text leaves the window": (Cache, "slide", "(at < self.first_text) | ", "", [WINDOW]),
 }
 ELSEWHERE = {
-    "16 a loop over the batch": CHUNKS.__name__,  # what a loop may mix: a stream in a batch is as alone
+    "16 a loop over the batch": "test_a_layer_computes_all_streams_of_a_batch_in_one_call",
+    "16 streams that a loop mixes": CHUNKS.__name__,
     "25 flags that change nothing": "test_each_flag_of_routing_changes_what_is_computed",
     "27 attention tensors in the loss": TERMS.__name__,
     "29 a two-dimensional mask gathered": "cannot occur: a layer has no mask; its rows are causal in order",
@@ -131,6 +132,9 @@ ELSEWHERE = {
     "37 gradients clipped after the step": "test_gradients_are_clipped_before_they_are_used",
     "38 a reply that does not end":
         "test_a_reply_without_an_end_is_ended_after_its_limit_and_the_stream_goes_on",
+    "38 a stream of a fixed length, or without an end": "test_memory_and_time_per_frame_stay_flat",
+    "38 a special token by its number":
+        "test_a_pretrained_vocabulary_is_extended_at_its_end_and_begins_each_stream_once",
     "39 evaluated teacher-forced only": "test_free_running_is_scored_on_exactly_what_the_model_heard",
 }
 
