@@ -136,7 +136,7 @@ class Groups:
         ids, dense = torch.unique(id, return_inverse=True)  # dense: (B, T) in the same order, without gaps
         count = torch.zeros(B, len(ids), dtype=torch.int64).scatter_add_(1, dense, torch.ones_like(dense))
         size, before = count.gather(1, dense), (count.cumsum(1) - count).gather(1, dense)
-        index = dense.argsort(dim=1, stable=True).argsort(dim=1, stable=True) - before  # a place, made a rank
+        index = dense.argsort(dim=1, stable=True).argsort(dim=1) - before  # a place, made a rank
         n = size.where(id >= 0, 0)  # (B, T)
         table = {r: torch.tensor([capacity(i, r) for i in range(int(n.max()) + 1)]) for r in set(keep)}
         quota = {r: torch.where(id >= 0, k[n], T * real) for r, k in table.items()}
@@ -180,7 +180,7 @@ def uniform_score(groups: Groups, keep_ratio: float) -> Tensor:
 
     -> (B, T) int64, <= 0. Token i is among the k best iff i * k mod n < k, which holds for exactly k of n.
     """
-    return -(groups.index * groups.quota[keep_ratio] % groups.size.clamp(min=1))
+    return -(groups.index * groups.quota[keep_ratio] % groups.size)
 
 
 def select(score: Tensor, groups: Groups, keep_ratio: float) -> Tensor:
@@ -192,7 +192,7 @@ def select(score: Tensor, groups: Groups, keep_ratio: float) -> Tensor:
     """
     by_score = score.argsort(dim=1, descending=True, stable=True)  # (B, T) best first, ties in order
     by_group = groups.id.gather(1, by_score).argsort(dim=1, stable=True)
-    rank = by_score.gather(1, by_group).argsort(dim=1, stable=True) - groups.before  # (B, T) 0: the best
+    rank = by_score.gather(1, by_group).argsort(dim=1) - groups.before  # (B, T) 0: the best
     return (rank < groups.quota[keep_ratio]) & ((score >= 0) | ~groups.late)
 
 

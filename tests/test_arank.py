@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS, collate, integers, normal, tiny, unit
@@ -24,6 +25,16 @@ def test_maps_of_known_rank_have_it_in_any_batch_and_beside_any_padding(seed, si
     known = [sum(len({p for t, p in enumerate(head[:n]) if p < t or not softmax}) for head in heads) / 2
              for heads, n in zip(parents.tolist(), sizes, strict=True)]
     assert arank(q, k, real, softmax).tolist() == pytest.approx(known)
+
+
+def test_the_rank_of_the_code_is_that_of_the_maps_of_torchs_own_attention_without_their_diagonal():
+    q, k = (2 * normal(seed, 1, 1, 48, 8).float() for seed in (0, 1))
+    maps = F.scaled_dot_product_attention(q, k, torch.eye(48)[None, None], is_causal=True)
+    rank = int(torch.linalg.matrix_rank(maps[0, 0].tril(-1)))
+    assert 30 < rank < 47 and arank(q, k, torch.ones(1, 48).bool()).tolist() == [rank]
+    k = torch.eye(8)[None, None]  # each looks at the one before it, and would rather look at the next
+    q = 1e4 * k.roll(-1, 2) + 1e3 * k.roll(1, 2)
+    assert arank(q, k, torch.ones(1, 8).bool()).tolist() == [6]  # the last: at the first
 
 
 def test_the_rank_of_the_formula_is_at_most_the_width_of_a_head_in_bfloat16_too():

@@ -33,5 +33,6 @@ def test_the_plans_route_the_layers_that_the_paper_names(plan, r, routed):
     assert placement(plan, 32, 0.2) == tuple(r if layer in routed else 1.0 for layer in range(32))
 
 
-def test_the_cosine_is_dense_above_85_percent_and_half_in_the_middle():
-    assert placement("cosine", 5, 0.2) == (1.0, 1.0, 0.5, 0.2, 0.2)
+def test_the_cosine_falls_from_one_to_r_rounded_and_is_dense_above_85_percent():
+    assert placement("cosine", 9, 0.1) == (1.0, 1.0, 1.0, 0.6913, 0.5, 0.3087, 0.1464, 0.1, 0.1)
+    assert (placement("cosine", 1, 0.2), placement("cosine", 2, 0.2)) == ((1.0,), (1.0, 0.2))

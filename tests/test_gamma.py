@@ -54,6 +54,9 @@ def test_the_routing_loss_is_the_mean_cross_entropy_towards_what_was_selected(ca
     slow = [math.log1p(math.exp(-s if kept else s)) for s, kept, id in tokens if id >= 0]
     loss = mod.routing_loss(case.score, keep, case.groups).item()
     assert loss == pytest.approx(sum(slow) / max(1, len(slow)))
+    alone = Groups.plan(torch.zeros(1, 1).long(), (0.5,))  # a group of one token, which is kept
+    one = mod.routing_loss(torch.ones(1, 1), torch.ones(1, 1).bool(), alone)
+    assert one.item() == pytest.approx(math.log1p(math.exp(-1)))
 
 
 @pytest.mark.parametrize("world", [VQA(16), Forecast(16)], ids=["after-all", "at-a-frame"])

@@ -33,6 +33,13 @@ def test_random_scores_are_spread_evenly_and_differ_between_streams_layers_and_p
     assert (torch.corrcoef(shifted) - torch.eye(10)).abs().max() < 0.05
 
 
+def test_random_scores_are_those_of_every_version():
+    scores = random_score(torch.tensor([[0, 1, 2**20]] * 2), 3, torch.tensor([7, 2**40]))
+    known = [[0.8675942420959473, 0.7329200506210327, 0.00939879659563303],
+             [0.06967102736234665, 0.07512325048446655, 0.5457699298858643]]
+    assert scores.tolist() == known and mod.PADDING > 10**15  # later than any stream is long
+
+
 @given(st.integers(1, 80), st.floats(0.01, 1))
 def test_uniform_scores_keep_exactly_k_evenly_spaced_tokens_and_the_first(n, r):
     groups, k = Groups.plan(torch.zeros(1, n, dtype=torch.int64), (r,)), capacity(n, r)
