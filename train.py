@@ -530,7 +530,7 @@ def sweep(name: str, seeds: int, jobs: int, flags: dict[str, str]) -> None:
             run = folder / f"{row}-seed{seed}"
             if stopped.is_set() or (run / "eval.json").exists():
                 continue
-            print(time.strftime("%H:%M"), run, flush=True)
+            print(f"{time.strftime('%H:%M')} {run}\n", end="", flush=True)  # at once: others print too
             new = [*how, f"--task={name}", f"--seed={seed}", *(f"--{flag}={v}" for flag, v in flags.items())]
             how = ["--resume"] if (run / "model.safetensors").exists() else new
             how = [dense if flag == "DENSE" else flag for flag in how] + [f"--device={device}"]
