@@ -561,9 +561,9 @@ class Cache:
     """Keys and values of B streams. Each layer holds only the tokens that it computed.
 
     A layer has room for more rows than it uses, so that shapes change seldom. The position PADDING marks a
-    row that is not used, that pads a stream beside a longer one, or whose late token skips. A position comes
-    from one counter a stream, never from the length of a layer, and stays with its token. So one rule serves
-    full, routed and evicted layers, streams of any length: a query sees what is not later.
+    row that is not used, that pads a stream beside a longer one, or whose late token skips. Each stream has
+    one counter for its positions, never the length of a layer, and they stay with their tokens. So one rule
+    serves full, routed and evicted layers, streams of any length: a query sees what is not later.
     Within a stream, group ids must grow from chunk to chunk.
     window: None, or W: the first text stays, and the last W frames, each with the text that follows it
     """
