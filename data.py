@@ -8,6 +8,8 @@ A question after the last frame is answered without being asked whether.
 import hashlib
 import json
 import math
+import os
+import platform
 import re
 import shutil
 import struct
@@ -847,6 +849,16 @@ def read_settings(file: Path) -> dict:
     except (OSError, ValueError, TypeError, KeyError) as error:
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"{file} must be JSON with {', '.join(keys)}, got {why}") from None
+
+
+def provenance() -> dict[str, str | int]:
+    """The code, and whether anything has changed in it since; versions and machine."""
+    git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    here, commit = Path(__file__).parent, ""
+    if shutil.which("git"):
+        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
+    return {"commit": commit, "torch": torch.__version__, "python": platform.python_version(),
+            "machine": platform.machine(), "cores": os.cpu_count() or 0}
 
 
 def collect(folder: Path) -> list[dict]:

@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import textwrap
 import time
@@ -687,6 +686,8 @@ def table(rows: list[dict] | dict, names: Sequence[str] = (), base: str = "") ->
     names: of runs, as rows in this order; none: all.  base: of the runs compared with, by default dense
     """
     if isinstance(rows, dict):
+        if "checks" in rows:
+            return grid([["check", "found"], *([name, row["found"]] for name, row in rows["checks"].items())])
         return speed_table(rows["rows"], "stream" in names)
     runs = {name: {seed: row["free_running"] for seed, row in same.items()}
             for name, same in by_run(rows).items()}
@@ -1103,8 +1104,8 @@ def profile(name: str, device: torch.device, compiled: bool) -> None:
     """The whole measurement of a preset -> out/profile-NAME-DEVICE.json"""
     p = Profile(name, device, compiled)
     steps, prefills, pools, contexts, streams = PROFILES[name]
-    about = {"preset": name, "device": torch.cuda.get_device_name() if p.gpu else platform.machine(),
-             "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": str(p.dtype),
+    about = {"preset": name, "device": torch.cuda.get_device_name() if p.gpu else "cpu",
+             **data.provenance(), "threads": torch.get_num_threads(), "dtype": str(p.dtype),
              "compiled": compiled, "ceiling": p.ceiling}
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
     print(*map(str.ljust, COLUMNS, COLUMNS.values()), sep="")

@@ -16,8 +16,6 @@ pretrained folders.
 import json
 import math
 import os
-import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -417,13 +415,9 @@ def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
 
 def first_line(cfg: TrainConfig, model: VideoLM, optimizers: list, b: data.Batch) -> dict:
     """What tells this run from another: command, settings, code, versions, machine; and what a step costs."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe"]  # and whether anything has changed since
-    git += ["--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     c, without = model.config, (1.0,) * model.config.num_hidden_layers
     routed, dense = (step_flops(replace(c, keep=keep), b, optimizers) for keep in (c.keep, without))
-    return {"argv": sys.argv[1:], **asdict(cfg), "commit": commit, "torch": torch.__version__,
-            "python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count(),
+    return {"argv": sys.argv[1:], **asdict(cfg), **data.provenance(),
             "parameters": sum(p.numel() for p in model.parameters()), "placement": model.config.keep,
             "learnt": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "flops_of_dense": round(routed / dense, 4), "processes": RANKS}

@@ -1,6 +1,6 @@
 """Layouts, scores, models and streams, valid by construction. Shapes and seeds are drawn, tensors follow.
 
-And small folders of clips: ffmpeg draws what real videos would show.
+And small folders of clips: ffmpeg draws what real videos would show. And where to keep what a check found.
 """
 
 import json
@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from data import provenance
 from mod import GATES, MASKED, Groups
-from model import ROUTERS, Config, VideoLM, initialise
+from model import ROUTERS, Config, VideoLM, initialise, write_json
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 RATIOS = st.sampled_from([0.0, 0.07, 0.2, 0.34, 0.5, 0.75, 1.0])
@@ -146,6 +147,15 @@ def watches(draw, max_streams=3, together=False, max_chunks=4, ratios=RATIOS, **
     chunks = [[[unit(model.config, frame, seed + 99 * i + 9 * b + n) for n, frame in enumerate(row)]
                for b, row in enumerate(rows)] for i, rows in enumerate(plan)]
     return Watch(model, chunks, integers(seed, 0, 1000, B))
+
+
+def keep(check: str, found: str) -> None:
+    """Print a figure, and put it into out/checks.json, from which results/checks.json is copied"""
+    print(f"{check}: {found}")
+    file = Path(__file__).parents[1] / "out" / "checks.json"
+    file.parent.mkdir(exist_ok=True)
+    checks = json.loads(file.read_text())["checks"] if file.exists() else {}
+    write_json(file, {"checks": checks | {check: {"found": found} | provenance()}})
 
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg to decode videos")

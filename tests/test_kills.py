@@ -8,6 +8,7 @@ from collections import Counter
 from random import Random
 
 import pytest
+from strategies import keep
 from test_resume import log
 from test_stops import check_same
 
@@ -52,8 +53,8 @@ def test_a_run_killed_at_any_moment_ends_in_the_bits_of_a_whole_one(whole, tmp_p
         time.sleep(random.uniform(0, seconds) / len(done))
         process.kill()  # SIGKILL
         FOUND["too late"] += process.wait() == 0
-        FOUND["partial"] += any(folder.glob("*.partial"))
-        FOUND["two optimizers"] += len(list(folder.glob("optimizer-*.safetensors"))) > 1
+        unfinished, optimizers = list(folder.glob("*.partial")), list(folder.glob("optimizer-*.safetensors"))
+        FOUND["in a save"] += bool(unfinished) or len(optimizers) > 1
         FOUND["kills"] += 1
         if (folder / "model.safetensors").exists():
             load(folder)
@@ -66,8 +67,9 @@ def test_a_run_killed_at_any_moment_ends_in_the_bits_of_a_whole_one(whole, tmp_p
 
 @pytest.mark.long
 def test_some_of_these_kills_fell_into_a_save():
-    print(f"{FOUND['kills']} kills, {FOUND['partial']} while a file was written, "
-          f"{FOUND['two optimizers']} between two files of a checkpoint")
     if FOUND["kills"] < 60:
         pytest.skip("only some of the moments were run")
-    assert FOUND["partial"] + FOUND["two optimizers"] >= 5 and FOUND["too late"] < 20
+    assert FOUND["in a save"] >= 5 and FOUND["too late"] < 20
+    kills = FOUND["kills"] - FOUND["too late"]
+    keep("SIGKILLs while training", f"{kills} in 30 runs, {FOUND['in a save']} of them inside a save: each "
+         "can be loaded, goes on, and ends in the same bits of weights and log")
