@@ -36,7 +36,7 @@ def resident() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells how much memory a process has")
 @pytest.mark.parametrize("frames", [2_000, pytest.param(200_000, marks=pytest.mark.long)])
-def test_memory_and_time_per_frame_stay_flat(monkeypatch, tmp_path, capsys, frames):
+def test_memory_and_time_per_frame_stay_flat(monkeypatch, tmp_path, frames):
     model = initialise(VideoLM(SMALL), 0).eval()
     watcher = evaluation.Watcher(model, TOKENIZER, torch.zeros(1).long(), window=8, limit=3)
     decide(monkeypatch, lambda n: n % 100 == 99)
@@ -47,7 +47,7 @@ def test_memory_and_time_per_frame_stay_flat(monkeypatch, tmp_path, capsys, fram
         for n in range(frames):
             if n % (frames // 20) == 0:
                 memory.append(resident())
-            clock[n] = time.perf_counter()
+            clock[n] = time.process_time()  # the machine has other work too
             yield noise[n % 16]
 
     evaluation.narrate(watcher, stream(), 2.0, "Go.", tmp_path / "watch.png")
@@ -56,11 +56,10 @@ def test_memory_and_time_per_frame_stay_flat(monkeypatch, tmp_path, capsys, fram
     grown = memory[-1] / memory[2] - 1
     assert grown < 0.02
     if frames > 10_000:
-        assert late < 1.25 * early  # the machine has other work too
-        with capsys.disabled():  # what was narrated is not shown
-            keep("a stream watched with a window", f"{frames:,} frames, from the first tenth to the last: "
-                 f"memory {grown:+.2%} ({memory[2] / 1e6:.0f} MB), time a frame {late / early - 1:+.1%} "
-                 f"({1000 * early:.2f} ms)")
+        assert late < 1.25 * early
+        keep("a stream watched with a window", f"{frames:,} frames, from the first tenth to the last: memory "
+             f"{grown:+.2%} ({memory[2] / 1e6:.0f} MB), time a frame {late / early - 1:+.1%} "
+             f"({1000 * early:.2f} ms)")
     assert int(watcher.cache.seen) > frames * 3 and max(watcher.cache.length) < 100
 
 
