@@ -847,8 +847,7 @@ def read_settings(file: Path) -> dict:
         check_fps(values["fps"])
         return {key: kind(values[key]) for key, kind in keys.items()}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file} must be JSON with {', '.join(keys)}, got {why}") from None
+        raise ValueError(f"{file} must be JSON with {', '.join(keys)}, got {error!r}") from None
 
 
 def provenance() -> dict[str, str | int]:
@@ -870,6 +869,8 @@ def collect(folder: Path) -> list[dict]:
             first, *steps = map(json.loads, (file.parent / "log.jsonl").read_text().splitlines())
             seconds = round(median(step["seconds"] for step in steps), 4)
             numbers = {"step_flops": first["flops_of_dense"], "seconds_per_step": seconds}
+            if not {"lm_correctness", "accuracy"} & result["free_running"].keys():
+                raise ValueError("it has no scores")
             result["free_running"] = {k: float(v) for k, v in (result["free_running"] | numbers).items()}
             first["seed"] = int(first["seed"])
             first["peak_memory"] = max(step.get("peak_memory", 0) for step in steps)

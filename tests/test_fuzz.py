@@ -344,6 +344,14 @@ def test_odd_videos_have_their_frames_or_a_sentence(name, tmp_path, bounded):
             list(data.read_video(tmp_path / name, 2.0, 16))
 
 
+def test_a_run_whose_scores_are_lost_is_named(tmp_path):
+    (run := tmp_path / "run").mkdir()
+    write_run(run)
+    models.write_json(run / "eval.json", {"streams": 4, "threshold": 0.0, "free_running": {"lm_ppl": 1.0}})
+    with pytest.raises(ValueError, match=rf"{run} must be an evaluated run: .*it has no scores"):
+        data.collect(tmp_path)
+
+
 def test_a_decoder_that_stalls_is_ended(tmp_path, monkeypatch):
     stalls = tmp_path / "ffmpeg"
     stalls.write_text("#!/bin/sh\nhead -c 768 /dev/zero\nexec sleep 60\n")  # a frame, then nothing
