@@ -72,19 +72,19 @@ def placement(plan: str, layers: int, keep_ratio: float) -> tuple[float, ...]:
     return tuple(float(PLACEMENTS[plan](layer, layers, keep_ratio)) for layer in range(layers))
 
 
-def arank(q: Tensor, k: Tensor, real: Tensor, softmax: bool = True) -> Tensor:
+def arank(q: Tensor, k: Tensor, real: Tensor, softmax: bool = True, window: int = 0) -> Tensor:
     """Rank of a layer's attention maps, mean over heads: how much the layer adds.    ARank of gamma-MoD
 
     q, k: (B, H, T, d), turned by RoPE if softmax;  real: (B, T) bool, right-padded -> (B,) float64
-    softmax: as its code, the causal map below its diagonal; else as its formula, all of (x W_Q)(x W_K)^T,
-    whose rank is d for any long input. In float32, with the default tolerance of torch's matrix_rank.
+    softmax: as its code, the causal map (of `window` keys a query, if not 0) below its diagonal; else as its
+    formula, (x W_Q)(x W_K)^T, whose rank is d for any long input. In float32, matrix_rank's default tolerance
     """
     ranks = []
     for sample, n in zip(q.float() @ k.float().mT, real.sum(1).tolist(), strict=True):
         maps = sample[:, :n, :n]  # (H, n, n): cut, since the tolerance grows with the size of a matrix
         if softmax:
-            future = torch.full_like(maps[0], -math.inf).triu(1)
-            maps = (maps / math.sqrt(q.shape[-1]) + future).softmax(-1).tril(-1)
+            unseen = torch.ones_like(maps[0]).tril().triu(1 - (window or n)) == 0
+            maps = (maps / math.sqrt(q.shape[-1])).masked_fill(unseen, -math.inf).softmax(-1).tril(-1)
         ranks.append(torch.linalg.matrix_rank(maps).double().mean())
     return torch.stack(ranks)
 
@@ -261,8 +261,8 @@ def flops(config: Any, tokens: list[int], frames: int = 0, head: int = 0, lora_r
     head: tokens whose logits are computed;  lora_rank: of adapters on every linear layer, if not merged
     -> {term: MACs}; a MAC is two FLOPs
     Note: attention is not halved for causality, as in torch's FLOP counter; norms, activations, RoPE and the
-    router are left out, as usual. The paper's equation has plain multi-head attention and a two-matrix FFN;
-    its tables count what Llama-3 has, grouped queries and SwiGLU, and so do we.
+    router are left out, as usual, and any encoder is a CLIP. The paper's equation has multi-head attention
+    and a two-matrix FFN; its tables count what Llama-3 has, grouped queries and SwiGLU, and so do we.
     """
     d, m, q = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim

@@ -230,12 +230,11 @@ class VisionModel(nn.Module):
         super().__init__()
         self.config, width, has_cls = c, c.vision_hidden_size, c.vision_type != "siglip"
         self.embeddings = nn.Module()
-        if has_cls:
-            self.embeddings.class_embedding = nn.Parameter(torch.zeros(width))
         self.embeddings.patch_embedding = nn.Conv2d(3, width, c.patch_size, c.patch_size, bias=not has_cls)
         patches = (c.image_size // c.patch_size) ** 2
         self.embeddings.position_embedding = nn.Embedding(patches + has_cls, width)
         if has_cls:
+            self.embeddings.class_embedding = nn.Parameter(torch.zeros(width))
             self.pre_layrnorm = nn.LayerNorm(width, c.vision_norm_eps)  # spelled so in the files
         blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.vision_layers))
         self.encoder = nn.ModuleDict({"layers": blocks})
@@ -511,7 +510,7 @@ def layer_ranks(model: VideoLM, tokens: Tensor, frames: Tensor, real: Tensor, so
     for block in model.layers:
         q, k, _ = block.self_attn.heads(block.input_layernorm(x), rope if softmax else still)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, T, d)
-        ranks.append(mod.arank(q, k, real, softmax))
+        ranks.append(mod.arank(q, k, real, softmax, c.sliding_window))
         x = block(x, position, rope)
     return torch.stack(ranks, dim=1)
 
@@ -912,7 +911,7 @@ def parse(cls: type, argv: list[str] | None, doc: str) -> tuple[object, set[str]
         parser.add_argument(name, default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args(argv))
     config = cls(**given)
-    for f in fields(cls) if "resume" not in given else ():
+    for f in fields(cls):
         needs = f.metadata["needs"]
         if needs and f.name in given and not any(getattr(config, name) for name in needs.split(" or ")):
             raise ValueError(f"{f.name} must be given with {needs}, got no {needs}")
