@@ -72,7 +72,7 @@ def turn_metrics(turn: Evidence) -> dict[str, float]:
         late, true_late = len(turn.later), len(turn.later) + 1
     coded = n + prefix if late == 0 else n + late if late < 0 else n - 1
     true = n + prefix if true_late == 0 else n - 1 + min(true_late, 0)
-    return {"lm_ppl": math.exp(fmean(turn.nll)), "lm_correctness": prefix / m,
+    return {"lm_ppl": math.exp(min(100.0, fmean(turn.nll))), "lm_correctness": prefix / m,
             "time_diff": abs(late), "time_diff_corrected": abs(true_late),
             "fluency": coded / (n + m), "fluency_corrected": true / (n + m)}
 
@@ -90,7 +90,7 @@ def summarise(streams: list[list[Evidence]], fps: float) -> dict[str, float]:
     mean = {name: fmean(fmean(row[name] for row in turns) for turns in rows) for name in rows[0][0]}
     mean |= {name: value / fps for name, value in mean.items() if name.startswith("time_diff")}
     every = [turn for turns in streams for turn in turns]
-    mean["lm_ppl_corrected"] = math.exp(fmean(x for turn in every for x in turn.nll))
+    mean["lm_ppl_corrected"] = math.exp(min(100.0, fmean(x for turn in every for x in turn.nll)))
     mean["reply_accuracy"] = fmean(x for turn in every for x in turn.right)
     return mean
 
@@ -422,7 +422,7 @@ def relaxed(said: list[list[str]], true: list[str], known: list[str]) -> dict[st
         mine, truth = (text.strip().lower().rstrip(".%") for text in (mine, truth))
         with contextlib.suppress(ValueError):
             a, b = (float(text.replace(",", "")) for text in (mine, truth))
-            return math.isfinite(b) and abs(a - b) <= 0.05 * abs(b)
+            return mine == truth or (math.isfinite(b) and abs(a - b) <= 0.05 * abs(b))
         return mine == truth
 
     return {"relaxed": fmean(same(mine[0], answer) for mine, answer in zip(said, true, strict=True))}
@@ -477,20 +477,20 @@ def ranks_of(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample]) -> Ten
 def print_ranks(model: VideoLM, tokenizer: Tokenizer, source: data.Source, samples: int = 50) -> None:
     """A bar a layer, the spread over samples, the placement it implies, and what other samples say."""
     every = ranks_of(model, tokenizer, source.batch(0, 0, 2 * samples))
-    ranks, others = every.chunk(2) if len(every) > 1 else (every, every)
+    ranks, others = every[:samples], every[samples:]
     mean, spread = ranks.mean(0), ranks.std(0, correction=0)
     print(f"ARank of {len(ranks)} samples: rank of the attention maps, mean over heads, +- spread")
     for layer, r in enumerate(rank_placement(mean.tolist(), 0.5)):
         bar, kind = "#" * round(40 * float(mean[layer] / mean.max())), "dense" if r == 1 else "routed"
         print(f"layer {layer:2} {mean[layer]:7.1f} +-{spread[layer]:5.1f}  {kind:6}  {bar}")
-    order = torch.stack([m.argsort().argsort().double() for m in (mean, others.mean(0))])
-    print(f"Spearman correlation with {len(others)} others: {torch.corrcoef(order)[0, 1]:.2f}")
+    if len(others):
+        order = torch.stack([m.argsort().argsort().double() for m in (mean, others.mean(0))])
+        print(f"Spearman correlation with {len(others)} others: {torch.corrcoef(order)[0, 1]:.2f}")
 
 
 # --- pictures and tables ------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def on_shapes(model: VideoLM, tokenizer: Tokenizer, samples: list[Sample]) -> dict[str, float]:
     """Of the patches that each routed layer keeps in the embedded world, the share that show some of a shape
 
@@ -629,7 +629,7 @@ def charts(rows: list[dict]) -> dict[str, str]:
                        *mean_of([row["free_running"]["lm_correctness"] for row in same]))]
                for name, same in runs.items()}
     looks: dict[str, Curve] = {}
-    for step, shares in runs["interleaved"][0]["on_shapes_at"].items() if "interleaved" in runs else ():
+    for step, shares in runs["interleaved"][0]["on_shapes_at"].items():
         for where in shares:
             values = [row["on_shapes_at"][step][where] for row in runs["interleaved"]]
             looks.setdefault(where, []).append((int(step), *mean_of(values)))
@@ -654,8 +654,9 @@ def render(text: str, folder: Path) -> str:
 def print_tables(folder: str) -> None:
     """Renew the tables of the READMEs; or print that of a folder of runs, also written to folder.json"""
     if folder := folder.rstrip("/"):
-        write_json(Path(f"{folder}.json"), rows := data.collect(Path(folder)))
-        return print(table(rows))
+        made = table(rows := data.collect(Path(folder)))
+        write_json(Path(f"{folder}.json"), rows)
+        return print(made)
     root = Path(__file__).parent
     for page in (root / "README.md", root / "results" / "README.md"):
         text = render(page.read_text(), root / "results")
@@ -698,9 +699,7 @@ def table(rows: list[dict] | dict, names: Sequence[str] = (), base: str = "") ->
     beside = runs.get(base, {})
     known = {key for name in names for values in runs[name].values() for key in values}
     columns = [metric for metric in METRICS if metric[1] in known and metric[0][0] != " "]
-    main = next((key for key in ("lm_correctness", "accuracy") if key in known), "")
-    if not main:
-        raise ValueError(f"the rows of a table must have scores, got {', '.join(sorted(known)) or 'none'}")
+    main = "lm_correctness" if "lm_correctness" in known else "accuracy"
     uneven, compared = len({len(runs[name]) for name in names}) > 1, len(beside) > 1
     lines = [["run", *(title for title, _, _ in columns), *([f"against `{base}`"] if compared else [])]]
     for name in names:
@@ -810,7 +809,7 @@ def encode_once(source: data.Source, model: VideoLM, cache: Path) -> None:
         written = [file.stat().st_mtime_ns for file in sorted(Path(c.vision).glob("*.safetensors"))]
         about = [v for name, v in vars(c).items() if name.startswith(("vision", "image", "patch", "pool"))]
         key = f"{about} {written}"
-        source.encode(lambda pixels: model.vision_model(pixels.to(device)), cache, key,
+        source.encode(lambda pixels, vision=model.vision_model: vision(pixels.to(device)), cache, key,
                       partial(write, mark=f".{os.getpid()}"))
 
 
@@ -842,11 +841,8 @@ class Alive(TorchDispatchMode):
             self.known[storage] = size = storage.nbytes()
             self.now += size
             self.most = max(self.most, self.now)
-            weakref.finalize(storage, self.forget, size)
+            weakref.finalize(storage, lambda: setattr(self, "now", self.now - size))
         return t
-
-    def forget(self, size: int) -> None:
-        self.now -= size
 
 
 def drawn_batch(c: models.Config, frames: int, streams: int) -> data.Batch:
@@ -1183,14 +1179,17 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         models.check_fields(self, may_be_zero=("window", "threshold"))
+        modes = [n for n in ("flops", "profile", "table", "merge", "arank", "watch") if getattr(self, n)]
+        if len(modes) > 1:
+            raise ValueError(f"{modes[0]} must be given alone, got {modes[1]} too")
         if self.threshold > 1:
             raise ValueError(f"threshold must be at most 1, got {self.threshold}")
 
 
 def watch(cfg: EvalConfig, model: VideoLM, tokenizer: Tokenizer, trained: dict, drawing: Path) -> None:
     """--watch, or --html alone"""
-    if cfg.html and (Path(cfg.html).is_dir() or not Path(cfg.html).parent.is_dir()):
-        raise ValueError(f"html must name a file in a folder that is there, got {cfg.html}")
+    if cfg.html and (Path(cfg.html).suffix != ".html" or not Path(cfg.html).parent.is_dir()):
+        raise ValueError(f"html must name an .html file in a folder that is there, got {cfg.html}")
     watcher = Watcher(model, tokenizer, torch.zeros(1).long(), cfg.threshold, cfg.window or None)
     size, fps = model.config.image_size, trained["fps"]
     query = cfg.query or (data.NARRATE if trained["task"] == "ego4d" else data.QUERY)

@@ -108,19 +108,19 @@ class TrainConfig:
     task: str = opt("narration", f"embedded world: {', '.join(data.TASKS)}; benchmark whose annotations "
                                  f"--data holds: {', '.join(data.READERS)}")
     data: str = opt("", "folder of clips and .jsonl conversations to learn instead")
-    fps: float = opt(2.0, "frames a second to read of clips", needs="data")
-    partial: bool = opt(False, "use what can be decoded of damaged clips", needs="data")
-    preset: str = opt("tiny", f"sizes of the model: {', '.join(models.PRESETS)}; of the large ones, only "
-                              "adapters learn")
+    fps: float = opt(2.0, "frames a second to read of clips", needs="data or resume")
+    partial: bool = opt(False, "use what can be decoded of damaged clips", needs="data or resume")
+    preset: str = opt("tiny", f"sizes of the model: {', '.join(models.PRESETS)}; of the decoders of the "
+                              "large ones, only adapters learn")
     init: str = opt("", "run folder whose weights to start from, instead of a preset; plan, router, gate and "
                         "masked are those of the flags")
     llm: str = opt("", "Hugging Face folder of a Llama, Mistral or Qwen2: the decoder to start from")
     vision: str = opt("", "Hugging Face folder of a CLIP or SigLIP: the encoder to start from")
-    train_vision: bool = opt(False, "let the encoder learn too", needs="vision")
+    train_vision: bool = opt(False, "let the encoder learn too", needs="vision or resume")
     pool: int = opt(0, "a frame is CLS and a pool x pool grid (0: the preset's, 3 with --vision)")
-    lora_rank: int = opt(128, "rank of the adapters, 0: the decoder itself learns", needs="llm")
-    lora_alpha: float = opt(256.0, "the adapters' update is weighed by alpha / rank", needs="llm")
-    lora_dropout: float = opt(0.05, "dropout before the adapters", needs="llm")
+    lora_rank: int = opt(128, "rank of the adapters, 0: the decoder itself learns", needs="llm or resume")
+    lora_alpha: float = opt(256.0, "the adapters' update is weighed by alpha / rank", needs="llm or resume")
+    lora_dropout: float = opt(0.05, "dropout before the adapters", needs="llm or resume")
     plan: str = opt("interleaved", f"which layers are routed: arank (by that of the --init or --llm), "
                                    f"{', '.join(PLACEMENTS)}")
     dense_layers: int = opt(0, "of --plan arank: layers that stay dense (0: an eighth of them, at most 4)")
@@ -132,7 +132,7 @@ class TrainConfig:
     sigma: float = opt(1.0, "weight of a decision to speak, against that of a reply token")
     muon_lr: float = opt(0.02, "peak learning rate of hidden matrices (Muon)")
     adam_lr: float = opt(0.002, "peak learning rate of everything else (AdamW)")
-    warmup: int = opt(20, "steps of linear warm-up, before a cosine to zero")
+    warmup: int = opt(20, "steps of linear warm-up, of a cosine to zero")
     clip: float = opt(1.0, "largest norm of the gradient")
     save_every: int = opt(100, "steps between checkpoints")
     streams: int = opt(64, "held-out streams to evaluate on at the end")
@@ -173,6 +173,8 @@ def build(cfg: TrainConfig) -> VideoLM:
     if cfg.plan == "arank":
         if not donor and not cfg.llm:
             raise ValueError("init or llm must name a trained dense model for the plan arank, got neither")
+        if cfg.dense_layers >= (layers := sizes.num_hidden_layers):
+            raise ValueError(f"dense_layers must be fewer than the {layers} layers, got {cfg.dense_layers}")
         source = data.open_source(cfg.task, cfg.data, cfg.fps, cfg.partial, sizes.image_size)
         tokenizer = data.tokenizer_for(sizes.vocab_size, sizes.llm)
         dense = donor or models.build(sizes, cfg.seed).to(models.pick_device(cfg.device))
@@ -194,8 +196,8 @@ def start(cfg: TrainConfig) -> Config:
     if cfg.llm:
         sizes = replace(sizes, lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha,
                         lora_dropout=cfg.lora_dropout)
-    sizes = replace(sizes, pool=cfg.pool or (3 if cfg.vision else sizes.pool))
-    return models.pretrained(sizes, cfg.llm, cfg.vision, len(data.SPECIAL) if cfg.llm else 0)
+    pool, new = cfg.pool or (3 if cfg.vision else sizes.pool), len(data.SPECIAL) if cfg.llm else 0
+    return replace(models.pretrained(replace(sizes, pool=1), cfg.llm, cfg.vision, new), pool=pool)
 
 
 def make_optimizers(model: VideoLM, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -216,7 +218,7 @@ def make_optimizers(model: VideoLM, cfg: TrainConfig) -> list[torch.optim.Optimi
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Share of the peak: linear warm-up, then a cosine to zero."""
+    """Share of the peak: a cosine from 1 to zero, times a linear warm-up."""
     return min(1.0, (step + 1) / max(1, cfg.warmup)) * (0.5 + 0.5 * math.cos(math.pi * step / cfg.steps))
 
 
@@ -296,7 +298,7 @@ def train_step(loss_of: Callable[..., Tensor], model: VideoLM, optimizers: list,
 
     loss_of: batch_loss, or the same compiled.  Nothing here waits for the device.
     """
-    torch.manual_seed((cfg.seed << 24) + (step << 8) + RANK)  # of dropout
+    torch.manual_seed((cfg.seed << 32) + (step << 8) + RANK)  # of dropout
     total = over_all(b.counts.clone())
     share = b.counts / total.clamp(min=1)  # 1 in a single process
     terms = loss_of(model, b, share[:2].float().to(b.tokens.device, non_blocking=True), cfg.routing_loss)
@@ -387,11 +389,16 @@ def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
     if cfg.data and cfg.task in data.TASKS and cfg.task != "narration":
         raise ValueError(f"task must not be given with data but to name a benchmark, got {cfg.task}")
     begins = models.read_config(Path(cfg.init)) if cfg.init else models.preset(cfg.preset)
-    if cfg.llm or cfg.train_vision or begins.llm or begins.lora_rank:
+    if cfg.llm or cfg.train_vision or begins.llm or begins.train_vision or begins.lora_rank:
         usual = usual | PRETRAINED_DEFAULTS
     cfg = replace(cfg, **{name: value for name, value in usual.items() if name not in fixed})
-    for name, use in (("preset", not cfg.init), ("dense_layers", cfg.plan == "arank"), ("shard", RANKS > 1),
-                      ("routing_loss", cfg.router in ("learned", "shared"))):
+    chooses = cfg.plan not in ("dense", "early-exit", "layer-skip")
+    scores = chooses and cfg.router in ("learned", "shared")
+    uses = {"preset": not (cfg.init or (cfg.llm and cfg.vision)), "shard": RANKS > 1, "keep": chooses,
+            "router": chooses, "gate": scores, "routing_loss": scores, "dense_layers": cfg.plan == "arank",
+            "muon_lr": not (cfg.llm or begins.llm or begins.lora_rank), "masked": cfg.plan != "dense",
+            "lora_alpha": cfg.lora_rank, "lora_dropout": cfg.lora_rank}
+    for name, use in uses.items():
         if name in given and not use and not cfg.resume:
             raise ValueError(f"{name} must be left out where it changes nothing, got {getattr(cfg, name)}")
     paths = {name: getattr(cfg, name) for name in ("data", "llm", "vision")}  # the same from any folder
@@ -404,8 +411,8 @@ def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
         began = TrainConfig(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{file} must hold the settings of the run to resume: {error}") from None
-    free = {name: getattr(cfg, name) for name in ("out", "device", "compile", "gradient_checkpointing")}
-    free["resume"] = True
+    free = {name: getattr(cfg, name) for name in ("out", "device", "compile", "gradient_checkpointing",
+                                                     "resume")}
     for name in sorted(given - free.keys()):
         now, was = getattr(cfg, name), getattr(began, name)
         if now != was:

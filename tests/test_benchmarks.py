@@ -117,6 +117,8 @@ def test_each_benchmark_is_trained_on_and_evaluated(folder, task, score, monkeyp
     printed = capsys.readouterr().out
     assert "1 held-out clips" in printed
     assert ("2 of 4 clips lack their video" in printed) == (task == "ego4d")
+    tested = {clip.video.name for clip in Folder(data, 16, task=task).tested}
+    assert tested == {{"ego4d": "v.mp4", "keystep": "v.mp4", "llava": "a.jpg"}.get(task, "w.mp4")}
 
 
 @pytest.mark.parametrize(("task", "file", "broken", "complaint"), [
@@ -145,7 +147,7 @@ def test_a_broken_schema_is_named_in_a_sentence(folder, task, file, broken, comp
     # the first has all verbs ("tke" is nearest to "take", the last is repeated), the second all nouns
     ("forecast", [["1. tke cup.\n2. take bat", "put pan\nput bat"]],
      ["1. Take pan.\n2. Take bat.\n3. Take bat."], [0, 0, 1 / 3]),
-    ("relaxed", [["41.9%"], ["43"], ["YES."], ["nan"]], ["40", "40", "Yes", "1"], [2 / 4]),
+    ("relaxed", [["41.9%"], ["43"], ["YES."], ["nan"], ["Inf"]], ["40", "40", "Yes", "1", "inf"], [3 / 5]),
 ])
 def test_answers_are_scored_as_worked_out_by_hand(metric, said, true, expected):
     known = [*true, "Put cup."] if metric == "forecast" else true

@@ -42,9 +42,16 @@ SMALL = ["--steps", "1", "--batch", "1", "--streams", "1", "--device", "cpu"]
     (train.main, ["--router", "random", "--routing_loss", "1"], r"routing_loss must be left out .* got 1\.0"),
     (train.main, ["--shard"], "shard must be left out where it changes nothing, got True"),
     *((train.main, [f"--{name}", "1"], f"{name} must be given with {needs}, got no {needs}")
-      for name, needs in (("fps", "data"), ("lora_rank", "llm"), ("seeds", "sweep"))),
+      for name, needs in (("fps", "data or resume"), ("lora_rank", "llm or resume"), ("seeds", "sweep"))),
+    (train.main, ["--resume", "--seeds", "2"], "seeds must be given with sweep, got no sweep"),
+    *((train.main, [*argv, f"--{name}", value], f"{name} must be left out .* got {value}")
+      for name, value, *argv in (
+          ("keep", "0.5", "--plan", "dense"), ("gate", "unit", "--plan", "early-exit"),
+          ("masked", "none", "--plan", "dense"), ("gate", "unit", "--router", "uniform"),
+          ("router", "shared", "--plan", "layer-skip"), ("muon_lr", "0.1", "--preset", "llama3-8b"))),
     (evaluation.main, ["--window", "4"], "window must be given with watch or html, got no watch or html"),
     (evaluation.main, ["--preset", "tiny"], "preset must be given with profile, got no profile"),
+    (evaluation.main, ["--flops", "--watch", "x"], "flops must be given alone, got watch too"),
     (evaluation.main, ["--threshold", "2"], "threshold must be at most 1, got 2"),
     (evaluation.main, ["--watch", "x", "--window", "-1"], "window must be at least 0 and below .*, got -1"),
     (evaluation.main, ["absent", "--table"], "absent must hold runs, got none"),
@@ -117,6 +124,8 @@ def test_a_dense_run_is_converted_with_two_commands_and_tabled_with_a_third(tmp_
     assert [row["run"] for row in rows] == ["dense", "gamma"] and rows[1]["free_running"]["skipped"] > 0
     assert "| run | answers right | tokens skipped |" in table and "| `gamma` | 0.0% |" in table
     train.main(["--out", "out/gamma", "--resume", "--device", "cpu"])  # needs no --init and no ARank again
+    with pytest.raises(ValueError, match="dense_layers must be fewer than the 4 layers, got 4"):
+        train.main([*small, "--init", "out/dense", "--plan", "arank", "--dense_layers", "4"])
     models.save(Path("out/old"), VideoLM(replace(load(Path("out/dense")).config, vocab_size=9)))
     with pytest.raises(ValueError, match="preset must be left out where it changes nothing, got tiny"):
         train.main([*small, "--preset", "tiny", "--init", "out/dense"])

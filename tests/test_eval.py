@@ -61,6 +61,28 @@ def test_free_running_is_scored_on_exactly_what_the_model_heard(monkeypatch, ope
     assert all(len(turn.said) <= 5 and turn.text == TOKENIZER.decode(turn.said) for turn in said)
 
 
+def test_what_is_read_is_what_the_model_says_of_each_token_and_the_shares_are_counted(monkeypatch):
+    config = Config(vocab_size=len(TOKENIZER), image_size=16, pool=2, keep=(0.2,) * 4)
+    model, samples = initialise(VideoLM(config), 1).double().requires_grad_(False), World(16).held_out(3)
+    b, out = evaluation.hear(model, TOKENIZER, samples)
+    for sample, reading, tokens, hidden in zip(
+            samples, evaluation.read(model, TOKENIZER, samples, 0.0), b.tokens, out.hidden, strict=True):
+        says, frames = model.logits(hidden).log_softmax(-1), (tokens == TOKENIZER.frame).nonzero()[:, 0]
+        assert reading.nll.keys() == reading.right.keys() == replies(sample).keys()
+        for frame, text in replies(sample).items():
+            true = list(enumerate([*TOKENIZER.encode(text), TOKENIZER.end], int(frames[frame]) + 1))
+            assert reading.nll[frame] == pytest.approx([-says[at, t].item() for at, t in true], rel=1e-4)
+            assert reading.right[frame] == [says[at].argmax().item() == t for at, t in true]
+    asked = []
+    monkeypatch.setattr(evaluation, "speaks", lambda logits, threshold, _: asked.append(threshold) or (
+        torch.ones(logits.shape[:-1]).bool()))
+    monkeypatch.setattr(evaluation.Watcher, "reply", lambda *_: [Turn(0, "assistant", "A")] * 3)
+    samples[0].turns[:] = [Turn(frame, "assistant", "A") for frame in (1, 2)]
+    free = evaluate(model, TOKENIZER, samples[:1] * 3, 2.0, 0.7)[0]["free_running"]
+    assert set(asked) == {0.7} and free["decision_accuracy"] == 2 / 8  # it speaks at all 8 frames
+    assert (free["said_right"], free["said_wrong"]) == (1, 6 / 2)
+
+
 @needs_ffmpeg
 def test_a_video_is_watched_with_and_without_a_window(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

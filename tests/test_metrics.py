@@ -49,6 +49,7 @@ def test_corrected_perplexity_is_that_of_all_tokens_and_reply_accuracy_counts_ev
     assert numbers["lm_correctness"] == (1 / 4 + 1) / 2 and numbers["reply_accuracy"] == 7 / 8
     with pytest.raises(ValueError, match="at least one reply"):
         summarise([[], []], fps=2)
+    assert math.isfinite(summarise([[turn([SPEAK], nll=[1e4])]], fps=1)["lm_ppl"])  # of a model that diverged
 
 
 def test_the_threshold_makes_it_speak_earlier_and_zero_leaves_the_best_token_to_decide():

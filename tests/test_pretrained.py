@@ -108,6 +108,16 @@ def test_an_encoder_of_no_known_family_is_refused():
         models.pretrained(SMALL, vision=str(FIXTURES / "llama2"))
 
 
+def test_a_grid_is_of_the_patches_of_the_folder_and_a_converted_encoder_learns_as_slowly(tmp_path):
+    how = {"vision": str(FIXTURES / "siglip"), "preset": "coarse", "train_vision": True}  # 4 x 4, not 3 x 3
+    assert train.start(train.TrainConfig(pool=4, **how)).pool == 4
+    with pytest.raises(ValueError, match="pool must be at most 4"):
+        train.start(train.TrainConfig(pool=5, **how))
+    models.save(tmp_path, train.build(train.TrainConfig(plan="dense", **how)))
+    cfg = train.TrainConfig(init=str(tmp_path), out=str(tmp_path / "new"))
+    assert train.settings(cfg, {"init", "out"}).adam_lr == train.PRETRAINED_DEFAULTS["adam_lr"]
+
+
 @needs_ffmpeg
 def test_a_pretrained_pair_is_trained_saved_converted_and_watches_a_video(tmp_path, monkeypatch, capsys):
     pytest.importorskip("tokenizers", reason="reads tokenizer.json")

@@ -14,7 +14,7 @@ import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BUDGETS = {"README.md": 260, "mod.py": 280, "model.py": 943, "data.py": 883, "train.py": 590, "eval.py": 1241}
+BUDGETS = {"README.md": 260, "mod.py": 280, "model.py": 942, "data.py": 884, "train.py": 594, "eval.py": 1240}
 MAP = re.findall(r"^\| ((?:Eq\.|Sections?|Table) [^,|]+|[\w ]+ of gamma-MoD), [^|]*\| `(\w+)\.(\w+)` "
                  r"\| `tests/\w+\.py` \|$", README, re.M)
 
@@ -24,7 +24,7 @@ def test_every_file_keeps_its_line_budget_and_its_width():
         lines = (ROOT / name).read_text().splitlines()
         assert len(lines) <= most, f"{name} has {len(lines)} lines, its budget is {most}"
         assert name.endswith(".md") or max(map(len, lines)) <= 110
-    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("tests/*.py")) <= 3585
+    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("tests/*.py")) <= 3645
     assert {path.name for path in ROOT.glob("*.py")} == {name for name in BUDGETS if name.endswith(".py")}
 
 
