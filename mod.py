@@ -50,7 +50,7 @@ def check_keep_ratio(keep_ratio: float) -> None:
 PLACEMENTS: dict[str, Callable[[int, int, float], float]] = {  # layer l of L, r -> its keep ratio
     "dense": lambda l, L, r: 1.0,
     "interleaved": lambda l, L, r: r if l % 2 else 1.0,  # the default of VideoLLM-MoD: 16 of 32 layers
-    "interleaved-deep": lambda l, L, r: r if l % 2 and l >= 2 else 1.0,
+    "interleaved-deep": lambda l, L, r: r if l in range(3, L, 2) else 1.0,
     "all": lambda l, L, r: r,
     "all-deep": lambda l, L, r: r if l >= 2 else 1.0,
     "two-of-three": lambda l, L, r: r if l % 3 else 1.0,  # a baseline of gamma-MoD

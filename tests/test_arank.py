@@ -1,7 +1,5 @@
 """ARank is the exact rank of the attention maps that a layer makes of real tokens, in any order and batch."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +22,8 @@ def test_maps_of_known_rank_have_it_in_any_batch_and_beside_any_padding(seed, si
     # One row for each parent; after the softmax those of the token itself are not below the diagonal.
     known = [sum(len({p for t, p in enumerate(head[:n]) if p < t or not softmax}) for head in heads) / 2
              for heads, n in zip(parents.tolist(), sizes, strict=True)]
-    assert arank(q, k, real, softmax).tolist() == pytest.approx(known)
+    ranks = arank(q, k, real, softmax)
+    assert ranks.tolist() == pytest.approx(known) and ranks.dtype == torch.float64
 
 
 def test_the_rank_of_the_code_is_that_of_the_maps_of_torchs_own_attention_without_their_diagonal():
@@ -59,11 +58,15 @@ def test_each_layer_is_measured_on_its_own_input_with_its_own_heads(softmax):
     assert (ranks[:, [0, 2]] > 0).all() and (softmax or (ranks <= model.config.head_dim).all())
 
 
-@given(SEEDS, st.integers(1, 40), st.integers(0, 5))
+@pytest.mark.parametrize(("layers", "dense"), [(1, 1), (8, 1), (9, 2), (24, 3), (25, 4), (32, 4), (40, 4)])
+def test_an_eighth_of_the_layers_stays_dense_and_at_most_four(layers, dense):  # 4 of 32 and 40
+    assert rank_placement([0.0] * layers, 0.5) == (1.0,) * dense + (0.5,) * (layers - dense)
+
+
+@given(SEEDS, st.integers(1, 40), st.integers(1, 41))
 def test_the_highest_ranks_stay_dense_and_ties_go_to_the_earlier_layer(seed, layers, dense_layers):
     ranks = integers(seed, 0, 5, layers).tolist()
     keep = rank_placement(ranks, 0.5, dense_layers)
     dense = [layer for layer, r in enumerate(keep) if r == 1]
-    usual = min(4, math.ceil(layers / 8))  # 4 of 32 and of 40 layers, as in the paper
-    assert len(dense) == min(layers, dense_layers or usual) and set(keep) <= {1.0, 0.5}
+    assert len(dense) == min(layers, dense_layers) and set(keep) <= {1.0, 0.5}
     assert dense == sorted(sorted(range(layers), key=lambda layer: (-ranks[layer], layer))[: len(dense)])

@@ -22,6 +22,8 @@ def test_a_keep_ratio_outside_the_unit_interval_is_refused(r):
     for refuse in (lambda: capacity(10, r), lambda: placement("all", 4, r)):
         with pytest.raises(ValueError, match=r"^keep must be in \[0, 1\], got "):
             refuse()
+    with pytest.raises(ValueError, match=r"^plan must be one of dense, .*, got sparse"):
+        placement("sparse", 4, 0.2)
 
 
 @pytest.mark.parametrize(("plan", "r", "routed"), [
