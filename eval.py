@@ -57,7 +57,7 @@ class Evidence(NamedTuple):
 
 
 def turn_metrics(turn: Evidence) -> dict[str, float]:
-    """LM-PPL, TimeDiff (in frames), Fluency, LM-Correctness of one turn, as VideoLLM-online's code has them.
+    """LM-PPL (to e^100), TimeDiff (frames), Fluency, LM-Correctness of a turn, as the code of VideoLLM-online
 
     Beside those with a quirk stands the corrected form. TimeDiff: a reply that never came is later than the
     frames left for it, not just as late, or punctual if none were. Fluency: a premature decision is wrong.
@@ -1179,8 +1179,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         models.check_fields(self, may_be_zero=("window", "threshold"))
-        modes = [n for n in ("flops", "profile", "table", "merge", "arank", "watch") if getattr(self, n)]
-        if len(modes) > 1:
+        every = "flops", "profile", "table", "merge", "arank", "watch" if self.watch else "html"
+        if len(modes := [name for name in every if getattr(self, name)]) > 1:
             raise ValueError(f"{modes[0]} must be given alone, got {modes[1]} too")
         if self.threshold > 1:
             raise ValueError(f"threshold must be at most 1, got {self.threshold}")
