@@ -145,6 +145,7 @@ def main() -> None:
         print(f"  {number}: {change} in {line[:60]}\n      {why}")
     if unknown:
         sys.exit(1)
+    sys.path.append(str(ROOT))
     from strategies import keep  # not before: it imports mod.py, which a mutant must not find imported
 
     keep("`mod.py` changed in one place", f"{len(found)} mutants: {sum(noticed)} make a test fail, "
