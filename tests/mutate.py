@@ -28,7 +28,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {  # beginning of a line, change: why n
     ("1.0 if (c :=", "> -> >="): "no cosine of a rational angle is 0.7 (Niven)",
     ("@dataclass(frozen=True)", "True -> False"): "nobody writes to a field",
     ("table = {r:", "1 -> 2"): "an entry more than is ever looked up",
-    ("unseen =", "0 -> 1"): "a head is as large as another",
     ("for sample, n in zip", "True -> False"): "both have a row a stream",
     ("n = size.where", "0 -> 1"): "nobody looks up the quota of a token without a group",
 }
