@@ -154,9 +154,14 @@ class TrainConfig:
         data.check_fps(self.fps)
 
     @property
+    def chooses(self) -> bool:
+        """Has the plan layers that compute some tokens of a group and not others?"""
+        return self.plan not in ("dense", "early-exit", "layer-skip")
+
+    @property
     def folder(self) -> Path:
         """`--out`, or out/ and what tells a run from the default one, so that comparisons do not collide."""
-        routed = [f"{self.keep:g}"] if self.plan not in ("dense", "early-exit", "layer-skip") else []
+        routed = [f"{self.keep:g}"] if self.chooses else []
         usual = {"router": "learned", "gate": "sigmoid", "masked": "text"} | TASK_DEFAULTS.get(self.task, {})
         other = [getattr(self, f) for f in ("router", "gate", "masked") if getattr(self, f) != usual[f]]
         start = (["converted"] if self.init else []) + [f"seed{self.seed}"]
@@ -392,11 +397,10 @@ def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
     if cfg.llm or cfg.train_vision or begins.llm or begins.train_vision or begins.lora_rank:
         usual = usual | PRETRAINED_DEFAULTS
     cfg = replace(cfg, **{name: value for name, value in usual.items() if name not in fixed})
-    chooses = cfg.plan not in ("dense", "early-exit", "layer-skip")
-    scores = chooses and cfg.router in ("learned", "shared")
-    uses = {"preset": not (cfg.init or (cfg.llm and cfg.vision)), "shard": RANKS > 1, "keep": chooses,
-            "router": chooses, "gate": scores, "routing_loss": scores, "dense_layers": cfg.plan == "arank",
-            "muon_lr": not (cfg.llm or begins.llm or begins.lora_rank), "masked": cfg.plan != "dense",
+    scores = cfg.chooses and cfg.router in ("learned", "shared")
+    uses = {"preset": not (cfg.init or (cfg.llm and cfg.vision)), "shard": RANKS > 1, "keep": cfg.chooses,
+            "router": cfg.chooses, "gate": scores, "routing_loss": scores, "masked": cfg.plan != "dense",
+            "muon_lr": not (cfg.llm or begins.llm or begins.lora_rank), "dense_layers": cfg.plan == "arank",
             "lora_alpha": cfg.lora_rank, "lora_dropout": cfg.lora_rank}
     for name, use in uses.items():
         if name in given and not use and not cfg.resume:

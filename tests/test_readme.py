@@ -14,7 +14,7 @@ import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BUDGETS = {"README.md": 260, "mod.py": 280, "model.py": 942, "data.py": 884, "train.py": 594, "eval.py": 1240}
+BUDGETS = {"README.md": 260, "mod.py": 280, "model.py": 942, "data.py": 884, "train.py": 598, "eval.py": 1240}
 MAP = re.findall(r"^\| ((?:Eq\.|Sections?|Table) [^,|]+|[\w ]+ of gamma-MoD), [^|]*\| `(\w+)\.(\w+)` "
                  r"\| `tests/\w+\.py` \|$", README, re.M)
 
