@@ -851,13 +851,13 @@ def read_settings(file: Path) -> dict:
 
 
 def provenance() -> dict[str, str | int]:
-    """The code, and whether anything has changed in it since; versions and machine."""
-    git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    here, commit = Path(__file__).parent, ""
+    """The code, and whether anything has changed in it since; versions, and machine with its instructions."""
+    git, commit = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"], ""
     if shutil.which("git"):
-        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     return {"commit": commit, "torch": torch.__version__, "python": platform.python_version(),
-            "machine": platform.machine(), "cores": os.cpu_count() or 0}
+            "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            "cores": os.cpu_count() or 0}
 
 
 def collect(folder: Path) -> list[dict]:
