@@ -421,8 +421,7 @@ def read_video(path: Path, fps: float, size: int, partial: bool = False, start: 
     """
     if not Path(path).is_file():
         raise ValueError(f"{path} must be a video file, got no such file")
-    program = shutil.which("ffmpeg")
-    if program is None:
+    if (program := shutil.which("ffmpeg")) is None:
         raise ValueError("ffmpeg must be on PATH to decode videos (apt or brew install ffmpeg), got none")
     with open(path, "rb") as file:
         jpeg = file.read(3) == b"\xff\xd8\xff"
@@ -513,6 +512,8 @@ def check_entry(entry: object, where: str, folder: Path) -> Clip:
         need(role in ("user", "assistant"), "role must be user or assistant", role)
         need(isinstance(content, str) and content.strip() and not re.search("[\ud800-\udfff]", content),
              "content must be text", content)
+    late = [turn["role"] for turn in turns if "time" not in turn]
+    need(("assistant", "assistant") not in pairwise(late), "each untimed reply must follow a question", late)
     return Clip(where, folder / video, start, entry.get("end", math.inf), turns)
 
 
@@ -586,8 +587,7 @@ class Folder:
         stat = clip.video.stat()
         about = (clip.video.resolve(), stat.st_size, stat.st_mtime_ns, clip.start, clip.end, self.fps,
                  self.size, self.partial, key)
-        name = hashlib.sha256(repr(about).encode()).hexdigest()[:32]
-        file = cache / f"{name}.safetensors"
+        file = cache / f"{hashlib.sha256(repr(about).encode()).hexdigest()[:32]}.safetensors"
         if not file.exists():
             parts = [encoder(part).float().cpu() for part in stack([self.decode(clip)])[0].split(64)]
             write(file, lambda path: save_file({"features": torch.cat(parts)}, path))

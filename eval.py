@@ -289,7 +289,7 @@ class Watcher:
         return [turn.text for turn in self.reply([True] * len(samples), logits, group, drawn)]
 
     def computed(self) -> Tensor:
-        """(B, L) int64, the tokens of each stream that each layer computed so far"""
+        """(B, L) int64, the tokens of each stream that each layer computed and still remembers"""
         rows = zip(self.cache.rows, self.cache.length, strict=True)
         return torch.stack([(row[2][:, 0, :n, 0] < PADDING).sum(1) for row, n in rows], dim=1)
 
@@ -802,15 +802,14 @@ def print_cost() -> None:
         print(f"{skipped:7.1%}{paper:8.1f}{gamma_cost(skipped):8.2f}")
 
 
-def encode_once(source: data.Source, model: VideoLM, cache: Path) -> None:
-    """Have a folder's clips go through a frozen encoder once; their features are kept in this directory."""
+def encode_once(source: data.Source, model: VideoLM, run: Path) -> None:
+    """Have a folder's clips go through a frozen encoder once; features/, beside the run, keeps theirs."""
     c, device = model.config, model.lm_head.weight.device
     if c.frozen("vision_model.") and isinstance(source, data.Folder):
         written = [file.stat().st_mtime_ns for file in sorted(Path(c.vision).glob("*.safetensors"))]
         about = [v for name, v in vars(c).items() if name.startswith(("vision", "image", "patch", "pool"))]
-        key = f"{about} {written}"
-        source.encode(lambda pixels, vision=model.vision_model: vision(pixels.to(device)), cache, key,
-                      partial(write, mark=f".{os.getpid()}"))
+        source.encode(lambda pixels, vision=model.vision_model: vision(pixels.to(device)),
+                      run.parent / "features", f"{about} {written}", partial(write, mark=f".{os.getpid()}"))
 
 
 # --- speed and memory: dense beside MoD, of the same weights, at the same shapes ----------------------------
@@ -1179,7 +1178,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         models.check_fields(self, may_be_zero=("window", "threshold"))
-        every = "flops", "profile", "table", "merge", "arank", "watch" if self.watch else "html"
+        every = ["flops", "profile", "table", "merge", "arank", "watch" if self.watch else "html"]
+        every += ["run"] if self.flops or self.profile else []
         if len(modes := [name for name in every if getattr(self, name)]) > 1:
             raise ValueError(f"{modes[0]} must be given alone, got {modes[1]} too")
         if self.threshold > 1:
@@ -1230,7 +1230,7 @@ def main(argv: list[str] | None = None) -> None:
     source = data.open_source(**trained, size=model.config.image_size)
     if source.asks and "threshold" in given:
         raise ValueError(f"threshold must be given for a task with decisions, got {trained['task']}")
-    encode_once(source, model, folder.parent / "features")
+    encode_once(source, model, folder)
     if cfg.arank:
         return print_ranks(model, tokenizer, source)
     report(folder, model, tokenizer, source, cfg.streams, cfg.threshold)

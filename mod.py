@@ -160,7 +160,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # A product and a sum in at least float32, not F.linear: among scores rounded to bf16, many tie.
-        return (x * self.weight).sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+        return (x * self.weight.to(torch.promote_types(x.dtype, torch.float32))).sum(-1)
 
 
 def random_score(position: Tensor, layer: int, seed: Tensor) -> Tensor:
@@ -187,8 +187,8 @@ def select(score: Tensor, groups: Groups, keep_ratio: float) -> Tensor:
     """Choose what a layer computes: the k best tokens of each group, and all text.    Eq. 2 of VideoLLM-MoD
 
     score: (B, T), compared only within a group -> keep: (B, T) bool; of equals the earlier, padding never
-    Note: per group, as in the paper: over the sequence, a token would see the future. A late token competes
-    with nobody: it is computed if sigmoid(score) >= 0.5, the rule of gamma-MoD's code at decode.
+    Note: over the sequence, not per group, a token would see the future. A late one competes with nobody: it
+    is computed if sigmoid(score) >= 0.5, as gamma-MoD's code decodes (always, of random or uniform scores).
     """
     by_score = score.argsort(dim=1, descending=True, stable=True)  # (B, T) best first, ties in order
     by_group = groups.id.gather(1, by_score).argsort(dim=1, stable=True)

@@ -28,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 import mod
 from mod import GATES, MASKED, PADDING, Groups, Router, take
 
-ROUTERS = ("learned", "shared", "random", "uniform")
+LEARNED = {"learned": str, "shared": lambda layer: "shared"}  # router -> the name of that of a layer
+ROUTERS = (*LEARNED, "random", "uniform")
 VISION_TYPES = ("scratch", "clip", "siglip")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of weights in files
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -424,7 +425,7 @@ class VideoLM(nn.Module):
 
     def router_of(self, layer: int) -> str:
         """The name of a layer's router; "" where scores are not learned."""
-        return {"learned": str(layer), "shared": "shared"}.get(self.config.router, "")
+        return LEARNED.get(self.config.router, lambda layer: "")(layer)
 
     def forward(self, tokens: Tensor, frames: Tensor, groups: Groups, seed: Tensor | None = None,
                 cache: "Cache | None" = None) -> Output:
@@ -836,9 +837,10 @@ def write(path: Path, fill: Callable[[Path], object], mark: str = "") -> None:
         fill(unfinished)
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} must be written whole: {error}") from None
+    finally:  # also where somebody has had enough
         with suppress(OSError):  # there may be none
             unfinished.unlink()
-        raise OSError(f"{path} must be written whole: {error}") from None
 
 
 def write_json(path: Path, values: dict) -> None:
@@ -866,11 +868,9 @@ def read_config(folder: Path) -> Config:
 
 def load(folder: Path, device: torch.device | str = "cpu") -> VideoLM:
     """Rebuild the model of a run folder. Raises ValueError, naming the file, where something does not fit."""
-    config = read_config(folder)
-    model = skeleton(config)
+    model = skeleton(config := read_config(folder))
     borrow(model, config.borrowed)
-    found = read_weights(folder / "model.safetensors")[0]
-    fill(model, folder, found, learnt(model).keys())
+    fill(model, folder, read_weights(folder / "model.safetensors")[0], learnt(model).keys())
     return model.to(device)
 
 

@@ -183,6 +183,7 @@ def build(cfg: TrainConfig) -> VideoLM:
         source = data.open_source(cfg.task, cfg.data, cfg.fps, cfg.partial, sizes.image_size)
         tokenizer = data.tokenizer_for(sizes.vocab_size, sizes.llm)
         dense = donor or models.build(sizes, cfg.seed).to(models.pick_device(cfg.device))
+        encode_once(source, dense, cfg.folder)
         ranks = ranks_of(dense, tokenizer, source.batch(0, 0, 50))
         keep = mod.rank_placement(ranks.mean(0).tolist(), cfg.keep, cfg.dense_layers)
     else:
@@ -397,7 +398,7 @@ def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
     if cfg.llm or cfg.train_vision or begins.llm or begins.train_vision or begins.lora_rank:
         usual = usual | PRETRAINED_DEFAULTS
     cfg = replace(cfg, **{name: value for name, value in usual.items() if name not in fixed})
-    scores = cfg.chooses and cfg.router in ("learned", "shared")
+    scores = cfg.chooses and cfg.router in models.LEARNED
     uses = {"preset": not (cfg.init or (cfg.llm and cfg.vision)), "shard": RANKS > 1, "keep": cfg.chooses,
             "router": cfg.chooses, "gate": scores, "routing_loss": scores, "masked": cfg.plan != "dense",
             "muon_lr": not (cfg.llm or begins.llm or begins.lora_rank), "dense_layers": cfg.plan == "arank",
@@ -415,13 +416,12 @@ def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
         began = TrainConfig(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{file} must hold the settings of the run to resume: {error}") from None
-    free = {name: getattr(cfg, name) for name in ("out", "device", "compile", "gradient_checkpointing",
-                                                     "resume")}
-    for name in sorted(given - free.keys()):
+    free = given & {"device", "compile", "gradient_checkpointing"}
+    for name in sorted(given - free - {"out", "resume"}):
         now, was = getattr(cfg, name), getattr(began, name)
         if now != was:
             raise ValueError(f"{name} must be {was} to resume {cfg.folder}, got {now}")
-    return replace(began, **free)
+    return replace(began, out=cfg.out, resume=True, **{name: getattr(cfg, name) for name in free})
 
 
 def first_line(cfg: TrainConfig, model: VideoLM, optimizers: list, b: data.Batch) -> dict:
@@ -454,7 +454,7 @@ def learn(cfg: TrainConfig, device: torch.device, held: ExitStack) -> data.Sourc
     model = models.load(folder, device) if cfg.resume else build(cfg).to(device)
     tokenizer = data.tokenizer_for(model.config.vocab_size, model.config.llm)
     source = data.open_source(cfg.task, cfg.data, cfg.fps, cfg.partial, model.config.image_size)
-    encode_once(source, model, folder.parent / "features")
+    encode_once(source, model, folder)
     distribute(model, cfg)
     optimizers = make_optimizers(model, cfg)
     start = resume(folder, optimizers) if cfg.resume else 0
@@ -507,7 +507,7 @@ def finish(cfg: TrainConfig, device: torch.device, source: data.Source) -> None:
     steps = (folder / "log.jsonl").read_text().splitlines()[1:]
     print(f"median step {1000 * median(json.loads(line)['seconds'] for line in steps):.0f} ms")
     model = models.load(folder, device).eval()
-    encode_once(source, model, folder.parent / "features")
+    encode_once(source, model, folder)
     tokenizer = data.tokenizer_for(model.config.vocab_size, model.config.llm)
     report(folder, model, tokenizer, source, cfg.streams)
 
@@ -536,7 +536,7 @@ def sweep(name: str, seeds: int, jobs: int, flags: dict[str, str]) -> None:
             if stopped.is_set() or (run / "eval.json").exists():
                 continue
             print(f"{time.strftime('%H:%M')} {run}\n", end="", flush=True)  # at once: others print too
-            new = [*how, f"--task={name}", f"--seed={seed}", *(f"--{flag}={v}" for flag, v in flags.items())]
+            new = [f"--task={name}", *how, f"--seed={seed}", *(f"--{flag}={v}" for flag, v in flags.items())]
             how = ["--resume"] if (run / "model.safetensors").exists() else new
             how = [dense if flag == "DENSE" else flag for flag in how] + [f"--device={device}"]
             with open(f"{run}.log", "a") as log:

@@ -52,6 +52,7 @@ SMALL = ["--steps", "1", "--batch", "1", "--streams", "1", "--device", "cpu"]
     (evaluation.main, ["--window", "4"], "window must be given with watch or html, got no watch or html"),
     (evaluation.main, ["--preset", "tiny"], "preset must be given with profile, got no profile"),
     (evaluation.main, ["--flops", "--watch", "x"], "flops must be given alone, got watch too"),
+    (evaluation.main, ["out/x", "--flops"], "flops must be given alone, got run too"),
     (evaluation.main, ["--threshold", "2"], "threshold must be at most 1, got 2"),
     (evaluation.main, ["--watch", "x", "--window", "-1"], "window must be at least 0 and below .*, got -1"),
     (evaluation.main, ["absent", "--table"], "absent must hold runs, got none"),

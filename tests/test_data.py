@@ -172,6 +172,7 @@ ENTRY = {"video": "v.mp4", "conversation": [TURN]}
     ("{broken", "must be JSON"), ("[]", "video must name a file"),
     (ENTRY | {"video": "absent.mp4"}, r".*(absent\.mp4 must be|ffmpeg must be)"),
     (ENTRY | {"conversation": "hi"}, "conversation must be a list of turns"),
+    (ENTRY | {"conversation": [{"role": "assistant", "content": "Hi."}] * 2}, "each untimed reply must f"),
     *((ENTRY | {"video": name}, f"video must name a file inside .*, got {name!r}")
       for name in (3, "/etc/passwd", "../x.mp4")),
     *((ENTRY | {"conversation": [TURN | {key: value}]}, f"{key} must .*, got {re.escape(repr(value)[:9])}")

@@ -24,7 +24,7 @@ def test_every_file_keeps_its_line_budget_and_its_width():
         lines = (ROOT / name).read_text().splitlines()
         assert len(lines) <= most, f"{name} has {len(lines)} lines, its budget is {most}"
         assert name.endswith(".md") or max(map(len, lines)) <= 110
-    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("tests/*.py")) <= 3662
+    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("tests/*.py")) <= 3684
     assert {path.name for path in ROOT.glob("*.py")} == {name for name in BUDGETS if name.endswith(".py")}
 
 

@@ -60,6 +60,8 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(whole):
         train.main(["--out", str(whole), "--resume", "--keep", "0.5"])
     with pytest.raises(ValueError, match=r"train\.json must hold the settings"):
         train.main(["--out", str(whole.parent / "absent"), "--resume"])
+    again = train.models.parse(train.TrainConfig, ["--out", str(whole), "--resume"], "")
+    assert train.settings(*again).device == "cpu"  # what it began with, where nothing else is asked for
 
 
 @pytest.mark.parametrize(("router", "names"), [

@@ -3,10 +3,10 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import routings
+from strategies import normal, routings
 
 import mod
-from mod import Groups, capacity, random_score, uniform_score
+from mod import Groups, Router, capacity, random_score, uniform_score
 
 
 @given(routings())
@@ -31,6 +31,12 @@ def test_random_scores_are_spread_evenly_and_differ_between_streams_layers_and_p
         assert row.unique().numel() > 9_990
     shifted = torch.cat([draws[:, :-1], draws[:1, 1:]])  # a draw says nothing of the next one
     assert (torch.corrcoef(shifted) - torch.eye(10)).abs().max() < 0.05
+
+
+def test_scores_of_a_bfloat16_model_are_products_of_float32():
+    router, x = Router(64).bfloat16(), normal(0, 1, 100, 64).bfloat16()
+    torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(router(x), (x.double() @ router.weight.double()).float(), rtol=1e-5, atol=1e-5)
 
 
 def test_random_scores_are_those_of_every_version():

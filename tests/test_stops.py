@@ -77,6 +77,16 @@ def test_a_full_disk_ends_in_a_sentence_and_keeps_the_last_checkpoint(
     assert log(whole) == log(folder)
 
 
+def test_who_has_had_enough_leaves_no_half_a_file(tmp_path):
+    def fill(path):
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        models.write(tmp_path / "file", fill)
+    assert not list(tmp_path.iterdir())
+
+
 def stop_before(step, monkeypatch, argv):
     original = train.train_step
 

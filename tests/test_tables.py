@@ -40,31 +40,31 @@ class Child:
 
 def test_a_sweep_trains_each_row_once_goes_on_where_it_was_cut_and_tables_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(train.SWEEPS, "vqa", """
-        dense      --plan dense --preset tiny
-        converted  --init DENSE --plan all""")
+    monkeypatch.setitem(train.SWEEPS, "own", """
+        dense      --task vqa --plan dense --preset tiny
+        converted  --task vqa --init DENSE --plan all""")
     monkeypatch.setattr(train.subprocess, "Popen", Child)
     monkeypatch.setattr(train.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, "", ""))
-    sweep = ["--sweep", "vqa", "--seeds", "2", "--steps", "1", "--streams", "2", "--device", "cpu"]
+    sweep = ["--sweep", "own", "--seeds", "2", "--steps", "1", "--streams", "2", "--device", "cpu"]
     train.main(sweep)
     names = ["dense-seed0", "converted-seed0", "dense-seed1", "converted-seed1"]
     assert [argv[0].rpartition("/")[2] for argv in Child.asked] == names
-    rows = json.loads(Path("out/vqa.json").read_text())
+    rows = json.loads(Path("out/own.json").read_text())
     assert {row["run"]: row["plan"] for row in rows} == dict(zip(names, ["dense", "all"] * 2, strict=True))
-    assert rows[0]["init"].endswith("out/vqa/dense-seed0") and rows[0]["peak_memory"] > 10**7
+    assert rows[0]["init"].endswith("out/own/dense-seed0") and rows[0]["peak_memory"] > 10**7
     assert {"argv", "commit", "device", "torch", "placement"} <= rows[0].keys()
     assert re.fullmatch(r"([0-9a-f]{40}(-dirty)?)?", rows[0]["commit"])
     assert {"accuracy", "step_flops", "seconds_per_step"} <= rows[0]["free_running"].keys()
-    Path("out/vqa/dense-seed1/eval.json").unlink()  # as if it had been killed just then
+    Path("out/own/dense-seed1/eval.json").unlink()  # as if it had been killed just then
     Child.asked.clear()
     train.main(sweep)
-    assert Child.asked == [["--out=out/vqa/dense-seed1", "--resume", "--device=cpu"]]
-    assert len(json.loads(Path("out/vqa.json").read_text())) == len(rows)
-    evaluation.main(["out/vqa", "--table"])
+    assert Child.asked == [["--out=out/own/dense-seed1", "--resume", "--device=cpu"]]
+    assert len(json.loads(Path("out/own.json").read_text())) == len(rows)
+    evaluation.main(["out/own", "--table"])
     assert "| `converted` | " in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"sweep must go on with the flags that .*, got .*\"steps\": \"2\""):
         train.main([*sweep, "--steps", "2"])
-    Path("out/vqa/dense-seed0/eval.json").unlink()
+    Path("out/own/dense-seed0/eval.json").unlink()
     monkeypatch.setattr(Child, "wait", lambda self: 2)
     Child.asked.clear()
     with pytest.raises(ValueError, match=r"dense-seed0 must train and be evaluated, its end is in .*\.log"):
