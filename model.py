@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import mod
 from mod import GATES, MASKED, PADDING, Groups, Router, take
 
-LEARNED = {"learned": str, "shared": lambda layer: "shared"}  # router -> the name of that of a layer
+LEARNED = {"learned": str, "shared": lambda layer: "shared"}  # router -> what a layer's is called
 ROUTERS = (*LEARNED, "random", "uniform")
 VISION_TYPES = ("scratch", "clip", "siglip")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of weights in files
