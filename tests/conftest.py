@@ -30,4 +30,5 @@ def compiled(request, monkeypatch):
     if request.config.getoption("--compile"):
         torch._dynamo.reset()
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10**6
-        monkeypatch.setattr(VideoLM, "decode", torch.compile(VideoLM.decode, backend="aot_eager"))
+        compiled = torch.compile(VideoLM.run_layers, backend="aot_eager")
+        monkeypatch.setattr(VideoLM, "run_layers", compiled)

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data import provenance
 from mod import GATES, MASKED, Groups
 from model import ROUTERS, Config, VideoLM, initialise, write_json
+from train import provenance
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 RATIOS = st.sampled_from([0.0, 0.07, 0.2, 0.34, 0.5, 0.75, 1.0])
@@ -73,10 +73,10 @@ def routings(draw) -> Routing:
 def tiny(keep: tuple[float, ...], seed: int, device: str, **chosen) -> VideoLM:
     """A VideoLM in float64; its parameters want no gradient."""
     config = Config(
-        keep=keep, num_hidden_layers=len(keep), hidden_size=16, intermediate_size=24, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, image_size=8, patch_size=4, vision_hidden_size=8,
+        keep=keep, num_hidden_layers=len(keep), hidden_size=16, intermediate_size=24, num_attention_heads=4,
+        head_dim=4, image_size=8, patch_size=4, vision_hidden_size=8,
         vision_intermediate_size=16, vision_layers=1, vision_heads=2,
-        **{"pool": 2, "vocab_size": 23} | chosen)
+        **{"pool": 2, "vocab_size": 23, "num_key_value_heads": 2} | chosen)
     return initialise(VideoLM(config), seed).double().requires_grad_(False).to(device)
 
 
@@ -130,13 +130,13 @@ class Watch(NamedTuple):
 
 @st.composite
 def watches(draw, max_streams=3, together=False, max_chunks=4, ratios=RATIOS, **fixed) -> Watch:
-    """Any placement, router, gate, masking and sliding window, unless fixed; chunks of 0 to 3 units a stream.
+    """Any placement, router, gate and masking, unless fixed; chunks of 0 to 3 units a stream.
 
     together: in a chunk all streams get text, or a frame and text, and some of them nothing
     """
     chosen = {"pool": draw(st.integers(1, 2)), "router": draw(st.sampled_from(ROUTERS)),
               "gate": draw(st.sampled_from(sorted(GATES))), "masked": draw(st.sampled_from(sorted(MASKED))),
-              "sliding_window": draw(st.sampled_from([0, 0, 4]))}
+              "num_key_value_heads": draw(st.sampled_from([1, 2]))}
     keep, B = tuple(draw(st.lists(ratios, min_size=1, max_size=4))), draw(st.integers(1, max_streams))
     model = tiny(keep, draw(SEEDS), draw(st.sampled_from(DEVICES)), **chosen | fixed)
     few = st.lists(st.just(False), max_size=2)

@@ -17,6 +17,12 @@ def test_capacity_is_the_nearest_integer_and_halves_go_up(n, digits, numerator):
     assert capacity(n, float(exact)) == (min(n, max(1, nearest)) if exact else 0)
 
 
+@pytest.mark.parametrize(("n", "r", "k"), [(10, 0.0, 0), (0, 0.5, 0), (10, 0.01, 1), (10, 0.05, 1), (10, 0.15, 2),
+                                           (10, 0.25, 3), (100, 0.07, 7), (1, 0.9, 1), (10, 1.0, 10)])
+def test_capacity_of_a_few_groups(n, r, k):
+    assert capacity(n, r) == k
+
+
 @pytest.mark.parametrize("r", [-0.1, 1.5, float("nan")])
 def test_a_keep_ratio_outside_the_unit_interval_is_refused(r):
     for refuse in (lambda: capacity(10, r), lambda: placement("all", 4, r)):

@@ -12,110 +12,120 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from test_cost import test_the_formula_is_the_count_of_a_real_forward_pass as COST
-from test_gamma import test_masked_text_belongs_to_no_group_and_all_else_to_that_of_the_image as MASK
-from test_gamma import test_the_routing_loss_is_the_mean_cross_entropy_towards_what_was_selected as AUX
+from test_gamma import (
+    test_masked_text_belongs_to_no_group_and_all_else_to_that_of_the_image as MASK,
+)
+from test_gamma import (
+    test_the_routing_loss_is_the_mean_cross_entropy_towards_what_was_selected as AUX,
+)
 from test_loss import test_the_loss_has_both_terms_and_the_routing_loss_reaches_the_routers as TERMS
 from test_reference import test_the_fast_path_is_the_slow_loop_in_value_and_in_gradient as REFERENCE
 from test_routing import test_select_keeps_what_a_slow_loop_keeps as SELECT
 from test_streaming import test_a_window_hides_all_but_the_first_text_and_the_last_frames as WINDOW
-from test_streaming import test_chunks_of_any_streams_are_the_whole_sequences_at_once_and_alone as CHUNKS
-from test_update import test_a_skipped_token_keeps_every_bit_and_an_empty_update_changes_nothing as UPDATE
+from test_streaming import (
+    test_chunks_of_any_streams_are_the_whole_sequences_at_once_and_alone as CHUNKS,
+)
+from test_update import test_a_layer_computes_its_rows_and_no_more as ROWS
+from test_update import (
+    test_a_skipped_token_keeps_every_bit_and_an_empty_update_changes_nothing as UPDATE,
+)
+from test_update import (
+    test_the_fast_path_is_the_definition_in_value_choice_and_gradient as DEFINITION,
+)
 
 import data
 import mod
 import train
 from mod import Groups, Router
-from model import Attention, Cache, VideoLM
+from model import Attention, Cache, LayerCache, VideoLM, Window
 
 BETTER = "((score[:, None] {} score[..., None]) & (groups.id[:, None] == groups.id[..., None])).sum(-1) < "
 
 PLANTS = {  # number and defect -> the function it is planted in, what it replaces there, what must fail
     "1 top-k over the sequence": (
-        mod, "select", "by_score =", "groups = Groups.plan(groups.id.cpu().clamp(max=0), (keep_ratio,), "
-        "groups.real.cpu(), groups.late.cpu()).to(score.device); by_score =", [SELECT, CHUNKS]),
+        mod, "select", "best_first =", "groups = Groups.plan(groups.id.cpu().clamp(max=0), (keep_ratio,), "
+        "groups.real.cpu(), groups.late.cpu()).to(score.device); best_first =", [SELECT, DEFINITION, CHUNKS]),
     "2 top-k in training, a threshold with a cache": (
-        VideoLM, "compute", "score = self.score(layer, x, groups, position, seed)",
-        "score = self.score(layer, x, groups, position, seed); "
+        VideoLM, "run_layer", "score = self.score(layer, x, position, groups, seed)",
+        "score = self.score(layer, x, position, groups, seed); "
         "groups = mod.replace(groups, late=groups.id >= 0) if cache else groups", [CHUNKS]),
     "3 positions renumbered": (
-        mod, "routed_update", "take(position, index).where(kept, PADDING), *(take(t, index) for t in along)",
-        "position[:, : index.shape[1]].where(kept, PADDING), *(t[:, : index.shape[1]] for t in along)",
-        [REFERENCE, CHUNKS]),
+        mod, "routed_update", "index = (~keep).int()",
+        "position = torch.arange(x.shape[1]).expand(x.shape[:2]).where(groups.real, 0) "
+        "- (~keep).int().cumsum(1); index = (~keep).int()", [DEFINITION, CHUNKS]),
     "4 positions start again in a chunk": (Cache, "advance", "return start", "return 0 * start", [CHUNKS]),
     "5 positions from the length of layer 0": (
-        Cache, "advance", "start, seen_before = self.seen,",
-        "start, seen_before = 0 * self.seen + self.length[0],", [CHUNKS]),
+        Cache, "advance", "start = self.seen\n", "start = 0 * self.seen + self.layers[0].length\n", [CHUNKS]),
     "6 a routed layer does not look into its cache": (
-        Cache, "append", "return self.rows[layer] if self.begun[layer]",
-        "return self.rows[layer] if self.begun[layer] and self.keep[layer] in (0, 1)", [CHUNKS]),
+        VideoLM, "run_layer", "held = cache.layers[layer] if cache else None",
+        "held = cache.layers[layer] if cache and r in (0, 1) else None", [CHUNKS]),
     "7 holes in the cache": (
-        Cache, "reserve", "zip(self.rows[layer], (0, 0, PADDING), strict=True)",
-        "zip(self.rows[layer], (0, 0, 0), strict=True)", [CHUNKS]),
+        LayerCache, "append", "self.length = end", "self.length = end + 1", [CHUNKS]),
     "8 no cache where nothing is selected": (
         mod, "routed_update", "return x, keep\n", "return x\n", [CHUNKS]),
     "9 decoding never skips": (mod, "select", " & ((score >= 0) | ~groups.late)", "", [SELECT]),
     "10 the residual weighted": (
-        mod, "routed_update", "lerp(rows, out, weight", "lerp(0 * rows, out, weight", [UPDATE, REFERENCE]),
+        mod, "routed_update", "lerp(rows, out, weight", "lerp(0 * rows, out, weight",
+        [UPDATE, DEFINITION, REFERENCE]),
     "11 the residual added twice": (
-        mod, "routed_update", "new = torch.lerp", "new = rows + torch.lerp", [UPDATE, REFERENCE]),
+        mod, "routed_update", "new = torch.lerp", "new = rows + torch.lerp", [UPDATE, DEFINITION, REFERENCE]),
     "12 no gradient to the router": (
-        mod, "routed_update", "gate(score.gather", "gate(score.detach().gather", [REFERENCE]),
+        mod, "routed_update", "gate(score.gather", "gate(score.detach().gather", [DEFINITION, REFERENCE]),
     "13 a softmax over the selected": (
         mod, "routed_update", "gate(score.gather(1, index))", "score.gather(1, index).double().softmax(1)",
-        [REFERENCE]),
-    "14 a mask instead of fewer rows": (mod, "routed_update", "[:, : groups.width[keep_ratio]]", "", [COST]),
+        [DEFINITION, REFERENCE]),
+    "14 a mask instead of fewer rows": (mod, "routed_update", "stable=True)[:, :K]", "stable=True)", [ROWS]),
     "15 skipped tokens zeroed": (
         mod, "routed_update", "return x.scatter(", "return (x * keep[..., None]).scatter(",
-        [UPDATE, REFERENCE]),
+        [UPDATE, DEFINITION, REFERENCE]),
     "17 the batch shares a capacity": (
         Groups, "plan", "size.where(id >= 0, 0)", "size.where(id >= 0, 0).amax(0)[None].expand_as(id)",
         [SELECT, CHUNKS]),
     "18 the rows of one stream taken in all": (
         mod, "routed_update", "kept = keep.g", "index = index[:1].expand_as(index); kept = keep.g",
-        [REFERENCE, CHUNKS]),
+        [DEFINITION, REFERENCE, CHUNKS]),
     "19 the positions of one stream taken for all": (
-        mod, "routed_update", "take(position, index)", "take(position[:1].expand_as(position), index)",
-        [CHUNKS]),
+        mod, "routed_update", "gather_rows(position, index)",
+        "gather_rows(position[:1].expand_as(position), index)", [CHUNKS]),
     "20 padding takes capacity": (
         Groups, "plan", "B, T = id.shape", "B, T = id.shape; id = id.where(real, id.max().clamp(min=0))",
         [SELECT, CHUNKS]),
-    "21 a threshold that drops the last": (mod, "select", "rank < ", BETTER.format(">="), [SELECT]),
-    "21 ties all kept": (mod, "select", "rank < ", BETTER.format(">"), [SELECT]),
+    "21 a threshold that drops the last": (mod, "select", "best = rank < ", "best = " + BETTER.format(">="), [SELECT]),
+    "21 ties all kept": (mod, "select", "best = rank < ", "best = " + BETTER.format(">"), [SELECT]),
     "21 ties to the later": (
-        mod, "select", "by_score = score.", "by_score = score.shape[1] - 1 - score.flip(1).", [SELECT]),
+        mod, "select", "best_first = score.", "best_first = score.shape[1] - 1 - score.flip(1).", [SELECT]),
     "22 a group of which nothing is kept": (mod, "capacity", "max(k, 1)", "k", [SELECT]),
     "22 a capacity rounded in floats": (
         mod, "capacity", "math.floor(Fraction(str(keep_ratio)) * n + Fraction(1, 2))",
         "math.ceil(keep_ratio * n)", [SELECT]),
     "23 scores squashed until they collide": (
-        mod, "select", "by_score = score.", "score = score.double().clamp(-1, 1); by_score = score.",
+        mod, "select", "best_first = score.", "score = score.double().clamp(-1, 1); best_first = score.",
         [SELECT]),
     "24 the same places masked in any layout": (
         Groups, "plan", "B, T = id.shape", "B, T = id.shape; id = id.where(torch.arange(T) > 1, -1)",
         [SELECT, CHUNKS]),
     "24 the mask off by one token": (
-        data, "layout", "return [tokens, group,",
-        "return [tokens, [g if t < 0 else last for last, g, t in zip([-1, *group], group, tokens)],", [MASK]),
+        data, "layout", "    return row\n", "    return row._replace(group=[g if t < 0 else last for last, g, t in "
+        "zip([-1, *row.group], row.group, row.tokens)])\n", [MASK]),
     "26 the routing loss dropped": (train, "batch_loss", "* routing]", "* 0 * routing]", [TERMS]),
     "28 routing targets without their stream": (
-        mod, "routing_loss", "member = keep.to(",
-        "member = (0 * keep.flatten()).index_fill(0, keep.nonzero()[:, 1], 1).view_as(keep).to(", [AUX]),
+        mod, "routing_loss", "target = keep.to(",
+        "target = (0 * keep.flatten()).index_fill(0, keep.nonzero()[:, 1], 1).view_as(keep).to(", [AUX]),
     "30 the shared router copied into layers": (
         VideoLM, "score", "return self.routers[",
         "return (deepcopy(self.routers) if layer and self.config.router == 'shared' else self.routers)[",
         [REFERENCE]),
     "32 scores that know the mean of the sequence": (
-        Router, "forward", "x * self.weight", "(x - x.mean(1, keepdim=True)) * self.weight",
+        Router, "forward", "(x * weight)", "((x - x.mean(1, keepdim=True)) * weight)",
         [REFERENCE, CHUNKS]),
     "35 kept tokens that do not see each other": (
         Attention, "forward", "F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)",
         "v.repeat_interleave(q.shape[1] // v.shape[1], 1)", [REFERENCE, CHUNKS]),
     "skipped tokens are keys": (
-        mod, "routed_update", "(~keep).int().argsort(dim=1, stable=True)[:, : groups.width[keep_ratio]]",
-        "torch.ones_like(keep).cumsum(1) - 1", [REFERENCE]),
-    "nothing leaves the window": (Cache, "slide", "oldest > self.first_text", "oldest > PADDING", [WINDOW]),
-    "the first text leaves the window": (Cache, "slide", "(at < self.first_text) | ", "", [WINDOW]),
+        mod, "routed_update", "(~keep).int().argsort(dim=1, stable=True)[:, :K]",
+        "torch.ones_like(keep).cumsum(1) - 1", [DEFINITION, REFERENCE]),
+    "nothing leaves the window": (Window, "advance", "(oldest > self.first_text)", "(oldest > PADDING)", [WINDOW]),
+    "the first text leaves the window": (Window, "advance", "(at < self.first_text) | ", "", [WINDOW]),
 }
 ELSEWHERE = {
     "16 a loop over the batch": "test_a_layer_computes_all_streams_of_a_batch_in_one_call",
@@ -125,16 +135,16 @@ ELSEWHERE = {
     "29 a two-dimensional mask gathered": "cannot occur: a layer has no mask; its rows are causal in order",
     "31 routing that is not saved":
         "test_a_loaded_model_is_the_saved_one_and_all_its_parameters_are_trained_once",
-    "33 the host waits in each layer":
-        "test_the_memory_counted_is_that_of_a_real_step_and_no_step_waits_for_the_device",
+    "33 the host waits in each layer": "test_no_layer_waits_for_the_device",
     "34 an ARank that nobody can use": "test_maps_of_known_rank_have_it_in_any_batch_and_beside_any_padding",
-    "36 examples that do nothing": "test_every_command_of_the_readmes_runs",
-    "37 gradients clipped after the step": "test_gradients_are_clipped_before_they_are_used",
+    "36 examples that do nothing": "test_every_command_of_the_readme_runs",
+    "37 gradients clipped after the step":
+        "test_gradients_are_clipped_before_they_are_used_and_the_rate_is_set_before",
     "38 a reply that does not end":
         "test_a_reply_without_an_end_is_ended_after_its_limit_and_the_stream_goes_on",
     "38 a stream of a fixed length, or without an end": "test_memory_and_time_per_frame_stay_flat",
     "38 a special token by its number":
-        "test_a_pretrained_vocabulary_is_extended_at_its_end_and_begins_each_stream_once",
+        "test_whatever_bytes_are_said_can_be_heard_again_and_are_never_a_special_token",
     "39 evaluated teacher-forced only": "test_free_running_is_scored_on_exactly_what_the_model_heard",
 }
 
@@ -160,6 +170,7 @@ def test_a_planted_defect_is_caught(defect, monkeypatch):
     owner, name, right, wrong, properties = PLANTS[defect]
     function = getattr(owner, name)
     source, planted = textwrap.dedent(inspect.getsource(function)), {}
+    source = source.replace("super()", f"super({getattr(owner, '__name__', '')}, self)")
     assert source.count(right) == 1, f"{name} has no {right} to replace"
     exec(source.replace(right, wrong), {**function.__globals__, "deepcopy": deepcopy}, planted)
     monkeypatch.setattr(owner, name, planted[name])

@@ -6,12 +6,14 @@ import zlib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from strategies import make_video, needs_ffmpeg
 
+import data
 import eval as evaluation
 import train
-from data import Sample, Tokenizer, Turn, World, picture
-from eval import Evidence, Reading, cut, evaluate, gather_evidence, replies
+from data import Sample, Tokenizer, Turn, World
+from eval import Evidence, Reading, cut, evaluate, gather_evidence, on_shapes, picture, replies
 from model import Config, VideoLM, initialise, printable
 
 TOKENIZER = Tokenizer()
@@ -46,7 +48,7 @@ def test_turns_are_cut_at_the_true_replies_and_a_silent_model_is_waited_for(monk
 @pytest.mark.parametrize("opening", [[], [7]])
 def test_free_running_is_scored_on_exactly_what_the_model_heard(monkeypatch, opening):
     monkeypatch.setattr(TOKENIZER, "opening", opening)
-    monkeypatch.setattr(evaluation.Watcher.__init__, "__defaults__", (0.0, None, 5))  # 5 tokens a reply
+    monkeypatch.setattr(evaluation.Watcher.__init__, "__defaults__", (0.0, 0, 5))  # 5 tokens a reply
     config = Config(vocab_size=len(TOKENIZER), image_size=16, pool=2, keep=(0.2,) * 4)
     model = initialise(VideoLM(config), 1).double()
     samples = World(size=16).held_out(3)
@@ -89,7 +91,7 @@ def test_a_video_is_watched_with_and_without_a_window(tmp_path, capsys, monkeypa
     make_video(tmp_path / "clip.mp4", 20)
     train.main(["--steps", "1", "--batch", "1", "--streams", "1", "--device", "cpu", "--out", "run"])
     capsys.readouterr()
-    monkeypatch.setattr(evaluation.Watcher.__init__, "__defaults__", (0.0, None, 5))  # 5 tokens a reply
+    monkeypatch.setattr(evaluation.Watcher.__init__, "__defaults__", (0.0, 0, 5))  # 5 tokens a reply
     for flags, fewest, most in (([], 40 * 38, 40 * 38 + 12), (["--window", "3"], 3 * 38, 3 * 38 + 12)):
         decisions = (torch.tensor([frame == 2]) for frame in range(40))
         monkeypatch.setattr(evaluation, "speaks", lambda *_, d=decisions: next(d))
@@ -115,8 +117,10 @@ def test_the_picture_fades_what_was_skipped_and_nothing_else():
     size = struct.unpack(">I", png[start - 4 : start])[0]
     rows = np.frombuffer(zlib.decompress(png[start + 4 : start + 4 + size]), np.uint8).reshape(height, -1)
     image = rows[:, 1:].reshape(height, width, 3)
+    assert np.array_equal(image[120:232, 4:88], evaluation.draw_text("layer 1", 112))
+    assert (image[4:116, :88] == 255).all()  # the frames have no name
     for column, (frame, keep) in enumerate(zip(frames, kept, strict=True)):
-        left = 4 + column * 116
+        left = 92 + column * 116
         assert np.array_equal(image[4:116, left : left + 112], frame)
         for patch, is_kept in enumerate(keep[1][1:].tolist()):
             top, side = 120 + patch // 2 * 56, left + patch % 2 * 56
@@ -124,6 +128,33 @@ def test_the_picture_fades_what_was_skipped_and_nothing_else():
             shown = image[top : top + 56, side : side + 56]
             assert np.array_equal(shown, part if is_kept else 255 - (255 - part) // 5)
         assert (image[118, left] != 255).any() == bool(keep[1][0])  # the bar: CLS is computed
+
+
+def test_a_name_in_the_picture_is_drawn_letter_by_letter():
+    one, two = (evaluation.draw_text(text, 40) for text in ("l", "layer 10"))
+    assert np.array_equal(one[:, :10], two[:, :10]) and not np.array_equal(one, two)
+    assert (evaluation.draw_text("0", 40)[:, :10] == two[:, 70:80]).all()
+    shapes = {evaluation.draw_text(letter, 40).tobytes() for letter in evaluation.GLYPHS}
+    assert len(shapes) == len(evaluation.GLYPHS) and evaluation.GLYPHS.keys() >= set("layer 0123456789")
+
+
+def test_what_a_router_looks_at_is_counted_against_chance():
+    config = Config(vocab_size=len(TOKENIZER), keep=(0.5, 1.0, 0.0, 0.5))
+    world, net = World(48), initialise(VideoLM(config), 0)
+    samples = world.held_out(4)
+    b, _ = evaluation.hear(net, TOKENIZER, samples)
+    painted = sum((b.frames == torch.tensor(rgb)[:, None, None]).all(2) for rgb in data.COLOURS.values())
+    shown = painted.view(4, 8, 6, 8, 6, 8).amax((3, 5)).flatten(2)  # (B, F, 36)
+    score = torch.zeros(b.tokens.shape)
+    score[b.tokens == data.VISION] = F.pad(shown, (1, 0), value=2).flatten().float()  # CLS, then shapes
+    net.score = lambda *given: score
+    looked = on_shapes(net, TOKENIZER, samples, world)
+    some = shown[shown.sum(2) > 0].float()
+    assert looked["chance"] == pytest.approx(float(some.mean()))
+    best = some.sum(1).clamp(max=18).sum() / (18 * len(some))  # of 19 of 37 kept, one is CLS
+    assert looked["layer 0"] == looked["layer 3"] == pytest.approx(float(best)) and len(looked) == 3
+    dense = initialise(VideoLM(Config(vocab_size=len(TOKENIZER))), 0)
+    assert on_shapes(dense, TOKENIZER, samples, world) == {}
 
 
 def test_a_frame_is_cls_and_the_grid_of_mean_patches_row_by_row():

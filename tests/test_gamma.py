@@ -11,7 +11,7 @@ from strategies import routings
 import data
 import mod
 import train
-from data import VQA, Forecast, Tokenizer, Turn
+from data import VQA, Tokenizer, Turn, World
 from eval import Watcher, hear
 from mod import MASKED, Groups
 from model import Config, VideoLM, initialise
@@ -41,8 +41,8 @@ def test_a_decision_to_speak_is_made_without_what_is_then_said(masked):
     hidden = []
     for said in ([], [Turn(1, "assistant", "A red disc.")]):
         heard = silent._replace(turns=[Turn(0, "user", "Go."), *said])
-        batch = data.collate([heard], config.tokens_per_frame, TOKENIZER, MASKED[masked])
-        out = model(batch.tokens, batch.frames, Groups.plan(batch.group, config.keep))
+        batch = data.collate([heard], config, TOKENIZER)
+        out = model(batch.tokens, batch.frames, Groups.plan(batch.group, config.keep), batch.seed)
         hidden.append(out.hidden[batch.decision])
     torch.testing.assert_close(*hidden, rtol=0, atol=1e-12)
 
@@ -59,7 +59,17 @@ def test_the_routing_loss_is_the_mean_cross_entropy_towards_what_was_selected(ca
     assert one.item() == pytest.approx(math.log1p(math.exp(-1)))
 
 
-@pytest.mark.parametrize("world", [VQA(16), Forecast(16)], ids=["after-all", "at-a-frame"])
+class Asks(World):
+    """A question before the first frame, its answer at the last"""
+
+    asks = True
+
+    def draw(self, frames, rng, split):
+        self.paint(frames[2], rng, *data.draw_thing(rng), 1, 1)
+        return [Turn(0, "user", "What is next?"), Turn(self.frames - 1, "assistant", "1. A red disc.")]
+
+
+@pytest.mark.parametrize("world", [VQA(16), Asks(16)], ids=["after-all", "at-a-frame"])
 @pytest.mark.parametrize("masked", sorted(MASKED))
 def test_an_answer_given_token_by_token_is_that_of_one_pass_over_the_same_groups(masked, world):
     tokenizer = Tokenizer(())  # of bytes only: what is said is re-read as the same tokens
@@ -72,11 +82,12 @@ def test_an_answer_given_token_by_token_is_that_of_one_pass_over_the_same_groups
     free = "assistant" not in MASKED[masked] and samples[0].turns[-1].frame == world.frames
     for b, (sample, text) in enumerate(zip(samples, said, strict=True)):
         heard = sample._replace(turns=[*sample.turns[:-1], sample.turns[-1]._replace(text=text)])
-        batch = data.collate([heard], config.tokens_per_frame, tokenizer, MASKED[masked])
+        batch = data.collate([heard], config, tokenizer)
         answer = len(tokenizer.encode(text)) + 1  # with `<end>`
         late = torch.arange(batch.tokens.shape[1]) >= batch.tokens.shape[1] - answer
         id = torch.where(late & free, torch.arange(len(late)), batch.group)
-        out = model(batch.tokens, batch.frames, Groups.plan(id, config.keep, late=(late & free)[None]))
+        groups = Groups.plan(id, config.keep, late=(late & free)[None])
+        out = model(batch.tokens, batch.frames, groups, batch.seed)
         logits = model.logits(out.hidden[0, -answer - 1 : -1])  # what follows each token of the answer
         logits[:, [i for i in range(len(data.SPECIAL)) if i != TOKENIZER.end]] = -torch.inf
         assert logits.argmax(-1)[:6].tolist() == batch.tokens[0, -answer:][:6].tolist()

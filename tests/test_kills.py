@@ -15,7 +15,7 @@ from test_stops import check_same
 import train
 from model import load
 
-NEW = ["--steps", "12", "--batch", "1", "--streams", "1", "--save_every", "1", "--warmup", "2"]
+NEW = ["--steps", "12", "--batch", "1", "--streams", "1", "--save_every", "1"]
 FOUND = Counter()  # what kills left behind
 
 

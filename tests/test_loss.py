@@ -1,5 +1,6 @@
 """The loss is a weighted cross-entropy, the mean over labelled places, and the routing loss."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -11,15 +12,14 @@ from strategies import SEEDS, integers, normal, tiny
 import data
 import mod
 import train
-from model import streaming_loss
+from model import prepare, streaming_loss
 
-TOKENIZER, CFG = data.Tokenizer(), train.TrainConfig(adam_lr=1e-9, muon_lr=1e-9, clip=0.01)
+TOKENIZER = data.Tokenizer()
 
 
 def ready(model, seed):
-    batch = data.collate(data.World(8, 3).batch(seed, 0, 2), model.config.tokens_per_frame, TOKENIZER,
-                         mod.MASKED["text"])
-    return train.make_ready(batch, model.config, 1.0, torch.device("cpu"))
+    batch = data.collate(data.World(8, 3).batch(seed, 0, 2), model.config, TOKENIZER)
+    return prepare(batch, model.config, torch.device("cpu"))
 
 
 @given(SEEDS, st.integers(1, 3), st.integers(1, 6))
@@ -37,13 +37,14 @@ def test_the_loss_adds_up_over_the_labelled_places_and_asks_for_no_other_logits(
     assert loss.item() == pytest.approx(float(sum(slow)) / max(1, len(slow)))
 
 
-@given(SEEDS, st.sampled_from(["learned", "shared"]), st.sampled_from([0.0, 0.3, 2.0]))
-def test_the_loss_has_both_terms_and_the_routing_loss_reaches_the_routers(seed, router, weight):
+@given(SEEDS, st.sampled_from(["learned", "shared"]), st.sampled_from([0.0, 0.3, 2.0]), st.sampled_from([0.5, 1.0, 3.0]))
+def test_the_loss_has_both_terms_and_the_routing_loss_reaches_the_routers(seed, router, weight, sigma):
     model = tiny((0.5, 1.0, 0.2), seed, "cpu", vocab_size=len(TOKENIZER), router=router).requires_grad_()
     b = ready(model, seed)
-    terms = train.batch_loss(model, b, torch.ones(2), weight)
+    terms = train.batch_loss(model, b, sigma, weight)
     out = model(b.tokens, b.frames, b.groups, b.seed)
-    streaming = streaming_loss(model, out.hidden, b.at, b.target, b.weight)
+    of_label = torch.where(b.decision, sigma, 1.0)  # sigma on decisions, 1 on replies
+    streaming = streaming_loss(model, out.hidden, b.at, b.target, of_label)
     routing = sum(mod.routing_loss(score, out.keep[layer], b.groups) for layer, score in out.score.items())
     assert terms.tolist() == pytest.approx([streaming.item(), weight * routing.item()]) and routing > 0.1
     reached = torch.autograd.grad(terms[1], [*model.routers.parameters()], allow_unused=True)
@@ -51,11 +52,23 @@ def test_the_loss_has_both_terms_and_the_routing_loss_reaches_the_routers(seed, 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_gradients_are_clipped_before_they_are_used(seed, monkeypatch):
+def test_gradients_are_clipped_before_they_are_used_and_the_rate_is_set_before(seed, monkeypatch, tmp_path):
+    cfg, used, rates = train.TrainConfig(out=str(tmp_path), steps=1, batch=2, seed=seed), [], []
     model = tiny((1.0, 0.5), seed, "cpu", vocab_size=len(TOKENIZER)).requires_grad_()
-    optimizers, used = train.make_optimizers(model, CFG), []
-    for optimizer in optimizers:
-        monkeypatch.setattr(optimizer, "step", lambda o=optimizer: used.extend(
-            p.grad.flatten() for group in o.param_groups for p in group["params"] if p.grad is not None))
-    told = train.train_step(train.batch_loss, model, optimizers, CFG, ready(model, seed), 0)
-    assert told[2] > 2 * CFG.clip and torch.cat(used).norm().item() == pytest.approx(CFG.clip, rel=1e-3)
+    monkeypatch.setattr(train, "CLIP", 0.01)
+    for kind in (train.Muon, train.AdamW):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"] / self.defaults["lr"])
+            used.extend(p.grad.flatten() for p in self.param_groups[0]["params"] if p.grad is not None)
+
+        monkeypatch.setattr(kind, "step", step)
+    train.learn(cfg, model, data.World(8, 3))
+    told = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[1])["grad_norm"]
+    assert told > 0.02 and torch.cat(used).norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert rates == [train.learning_rate(0, 1)] * 2
+
+
+def test_the_learning_rate_rises_for_20_steps_and_falls_to_zero_as_a_cosine():
+    rates = [train.learning_rate(step, 400) for step in range(400)]
+    assert rates[0] == pytest.approx(1 / 20) and rates[19] == max(rates) == pytest.approx(0.9944, abs=1e-4)
+    assert rates[200] == pytest.approx(0.5) and 0 < rates[399] < 1e-4

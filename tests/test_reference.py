@@ -35,8 +35,7 @@ def block_of(block, c, rows: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]
         values[t] = (a.v_proj.weight @ normed).split(d)
         heads = []
         for h, q in enumerate((a.q_proj.weight @ normed).split(d)):
-            back = c.sliding_window or t + 1  # positions, whether or not they are kept
-            q, seen = turned(q, t, c.rope_theta), [j for j in rows if t - back < j <= t]
+            q, seen = turned(q, t, c.rope_theta), [j for j in rows if j <= t]
             share = torch.stack([q @ keys[j][h // shared] / math.sqrt(d) for j in seen]).exp()
             mixed = zip(share / share.sum(), seen, strict=True)
             heads.append(sum(w * values[j][h // shared] for w, j in mixed))

@@ -88,15 +88,15 @@ def test_who_has_had_enough_leaves_no_half_a_file(tmp_path):
 
 
 def stop_before(step, monkeypatch, argv):
-    original = train.train_step
+    original = train.log_step
 
-    def stop(*args):
-        if args[-1] == step:
+    def stop(folder, now, *args):
+        if now == step:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(folder, now, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "train_step", stop)
+        patch.setattr(train, "log_step", stop)
         train.main(argv)
 
 

@@ -10,7 +10,7 @@ from strategies import Batch, Watch, collate, tiny, unit, watches
 from torch import Tensor
 
 from mod import MASKED, PADDING, Groups
-from model import Cache, Output, rotations
+from model import Cache, LayerCache, Output, Window, rope_frequencies, rotations
 
 
 def by_stream(layers: int, pieces: list[tuple[Batch, Output]]) -> list[tuple[Tensor, Tensor]]:
@@ -27,16 +27,10 @@ def at_once(watch: Watch) -> list[tuple[Tensor, Tensor]]:
     return by_stream(len(watch.model.layers), [(watch.whole(), watch.model(*watch.whole()))])
 
 
-class Tight(Cache):
-    """A cache that grows all the time."""
-
-    step = 2
-
-
-def chunked(watch: Watch, window: int | None = None, kind: type = Tight) -> tuple[Cache, list]:
+def chunked(watch: Watch, window: int | None = None, kind: type = Window) -> tuple[Cache, list]:
     """The cache after all chunks, and what came of each stream"""
     model, first, pieces = watch.model, 0, []
-    cache = kind(model, len(watch.seed), window)
+    cache = kind(model, len(watch.seed), window) if window else Cache(model, len(watch.seed))
     for chunk in watch.chunks:
         batch = collate(model, chunk, watch.seed, first)
         first = max(first, int(batch.groups.id.max()) + 1)
@@ -52,7 +46,8 @@ def assert_same(some, others) -> None:
 
 def held(cache: Cache, layer: int, b: int) -> list[int]:
     """The positions of a stream that a layer has in the cache, in the order of its rows"""
-    return [at for at in cache.rows[layer][2][b, 0, :, 0].tolist() if at < PADDING]
+    rows = cache.layers[layer]
+    return [at for at in rows.position[b, : rows.length].tolist() if at < PADDING]
 
 
 @given(watches())
@@ -66,7 +61,7 @@ def test_chunks_of_any_streams_are_the_whole_sequences_at_once_and_alone(watch):
         for layer, computed in enumerate(one[1]):
             assert held(cache, layer, b) == computed.nonzero()[:, 0].tolist()  # and nothing else
             if len(streams) == 1 and "assistant" in MASKED[watch.model.config.masked]:  # no room is lost
-                assert cache.length[layer] == computed.sum()
+                assert cache.layers[layer].length == computed.sum()
 
 
 @pytest.mark.parametrize(("window", "chunks", "complaint"), [
@@ -76,12 +71,26 @@ def test_chunks_of_any_streams_are_the_whole_sequences_at_once_and_alone(watch):
     (3, [[-1, 0, 0]], "with a window, a chunk must begin with its only frame"),
     (3, [[0, 0, -1, 1, 1]], "with a window, a chunk must begin with its only frame")])
 def test_a_chunk_that_splits_a_group_or_hides_a_frame_is_refused(window, chunks, complaint):
-    cache = Cache(tiny((1.0,), 0, "cpu"), 2, window)
-    *fine, wrong = (Groups.plan(torch.tensor([[-1] * len(id), id]), ()) for id in chunks)  # two streams
+    model = tiny((1.0,), 0, "cpu")
+    cache = Window(model, 2, window) if window else Cache(model, 2)
+    *fine, wrong = (Groups.plan(torch.tensor([[-1] * len(id), id]), (1.0,)) for id in chunks)  # two streams
     for groups in fine:
         cache.advance(groups)
     with pytest.raises(ValueError, match=f"^{complaint}"):
         cache.advance(wrong)
+
+
+class Hiding(LayerCache):
+    """It hides from the queries what has left the window of its cache."""
+
+    def append(self, k, v, position):
+        k, v, at = super().append(k, v, position)
+        stays = [[self.stays(b, p) for p in row] for b, row in enumerate(at.tolist())]
+        if at.shape[1] == position.shape[1] and all(map(all, stays)):
+            return k, v, at
+        at = at.where(torch.tensor(stays, device=at.device), PADDING)
+        none = torch.full_like(at[:, :1], PADDING)  # a row more: else it passes for a stream without a past
+        return torch.cat([k, k[:, :, :1]], 2), torch.cat([v, v[:, :, :1]], 2), torch.cat([at, none], 1)
 
 
 class Everything(Cache):
@@ -90,6 +99,9 @@ class Everything(Cache):
     def __init__(self, model, streams, window):
         super().__init__(model, streams)
         self.window, self.begins = window, [[] for _ in range(streams)]
+        self.layers = [Hiding(layer.kv, layer.position) for layer in self.layers]
+        for layer in self.layers:
+            layer.stays = self.stays
 
     def advance(self, groups):
         start = super().advance(groups)
@@ -100,11 +112,6 @@ class Everything(Cache):
     def stays(self, b: int, position: int) -> bool:
         left = self.begins[b][: -self.window]
         return not left or not left[0] <= position < self.begins[b][-self.window]
-
-    def append(self, layer, k, v, position):
-        k, v, at = super().append(layer, k, v, position) or (k, v, position)
-        stays = [[self.stays(b, p) for p in row] for b, row in enumerate(at[:, 0, :, 0].tolist())]
-        return [k, v, at.where(torch.tensor(stays, device=at.device)[:, None, :, None], PADDING)]
 
 
 @given(watches(together=True, max_chunks=10, masked="question+answer"), st.integers(1, 3))
@@ -126,14 +133,16 @@ def test_the_memory_of_an_endless_stream_is_bounded(watch, window):
     chunks = [[[unit(c, False, 0)]] * B] + [[turn] * B for turn in turns]
     cache, _ = chunked(watch._replace(chunks=chunks), window)
     most = 1 + window * (c.tokens_per_frame + 1)
-    assert all(length <= most for length in cache.length)
-    assert all(rows[0].shape[2] <= Tight.step + most * 9 // 8 for rows in cache.rows)
+    assert all(layer.length <= most for layer in cache.layers)
+    room = 64 + 1 + (most + c.tokens_per_frame + 1) * 9 // 8  # a chunk more than what stays
+    assert all(layer.position.shape[1] <= room for layer in cache.layers)
     assert cache.seen.flatten().tolist() == [1 + 60 * (c.tokens_per_frame + 1)] * B
 
 
 @given(st.integers(0, 10**6), st.sampled_from([8, 64, 128]), st.sampled_from([1e4, 5e5]))
 def test_rotations_are_exact_a_million_tokens_into_a_stream(position, head_dim, theta):
-    cos, sin = rotations(torch.tensor([[position]]), head_dim, theta)[0, 0].tolist()
+    frequency = rope_frequencies(head_dim, theta)
+    cos, sin = rotations(torch.tensor([[position]]), frequency)[0, 0].tolist()
     for i in range(head_dim // 2):
         angle = position * theta ** (-2 * i / head_dim)
         assert abs(cos[i] - math.cos(angle)) < 1e-9 and abs(sin[i] - math.sin(angle)) < 1e-9

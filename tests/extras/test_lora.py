@@ -9,18 +9,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_pretrained import FIXTURES, SMALL, logits
 
+import data
 import model as models
 import train
-from data import Special, World, collate
-from mod import MASKED
-from model import Linear
+from data import Special, World
+from extras import pretrained
+from extras.lora import LoraLinear
 
 FOLDERS = {"llm": str(FIXTURES / "qwen2"), "vision": str(FIXTURES / "clip")}  # tied, with biases
 
 
-def adapted(rank: int, **changes) -> models.VideoLM:
-    config = models.pretrained(replace(SMALL, lora_rank=rank), **FOLDERS, new_tokens=6)
-    return models.build(replace(config, **changes), seed=1)
+def adapted(rank: int, **changes) -> pretrained.PretrainedLM:
+    config = pretrained.pretrained(replace(SMALL, lora_rank=rank), **FOLDERS, new_tokens=6)
+    return pretrained.build(replace(config, **changes), seed=1)
 
 
 @settings(max_examples=10)
@@ -29,35 +30,37 @@ def test_merged_adapters_are_the_unmerged_to_rounding_and_begin_as_no_change(ran
     net, tokens = adapted(rank, lora_alpha=alpha).double().eval(), torch.arange(20)[None]
     plain = adapted(0).double()
     assert torch.equal(logits(net, tokens), logits(plain, tokens))
-    maps = [module for module in net.modules() if isinstance(module, Linear)]
+    maps = [module for module in net.modules() if isinstance(module, LoraLinear) and module.rank]
     assert len(maps) == 7 * 2 + 1 and all(m.lora_A.shape[0] == rank for m in maps)  # and lm_head
     for m in maps:
         torch.nn.init.normal_(m.lora_B, generator=torch.Generator().manual_seed(seed))
-    merged = models.merge(net)
+        x = torch.ones(1, m.in_features, dtype=torch.float64)
+        added = m(x) - torch.nn.Linear.forward(m, x) if not hasattr(m, "new") else None
+        if added is not None:  # alpha / rank as a number
+            torch.testing.assert_close(added, alpha / rank * (x @ m.lora_A.T @ m.lora_B.T))
+    merged = pretrained.merge(net)
     assert not any("lora_" in name for name in merged.state_dict()) and merged.config.lora_rank == 0
     assert not torch.equal(logits(net, tokens), logits(plain, tokens))
     torch.testing.assert_close(logits(merged, tokens), logits(net, tokens), rtol=1e-9, atol=1e-9)
 
 
-def test_a_step_changes_the_adapters_the_router_the_projector_and_the_new_tokens_alone(tmp_path):
+def test_training_changes_the_adapters_the_router_the_projector_and_the_new_tokens_alone(tmp_path, monkeypatch):
     net = adapted(3, lora_alpha=4.0, lora_dropout=0.5, keep=(0.5, 0.5), router="shared", gate="unit")
     before = {name: t.clone() for name, t in net.state_dict().items()}
-    cfg = train.TrainConfig(llm=FOLDERS["llm"], adam_lr=0.1, warmup=0)
-    optimizers, world = train.make_optimizers(net, cfg), World(net.config.image_size)
+    cfg = train.TrainConfig(adam_lr=0.1, steps=2, batch=2, out=str(tmp_path / "learned"))
+    cfg.folder.mkdir()
     tokenizer = Special(96, [])
     tokenizer.encode = lambda text: [5] * len(text.split())
-    batch = collate(world.batch(0, 0, 2), net.config.tokens_per_frame, tokenizer, MASKED["text"])
-    batch = train.make_ready(batch, net.config, 1.0, torch.device("cpu"))
-    for step in (1, 2):  # after the first, the gradient of A is no longer zero
-        train.train_step(train.batch_loss, net, optimizers, cfg, batch, step)
+    monkeypatch.setattr(data, "tokenizer_for", lambda config: tokenizer)
+    train.learn(cfg, net.train(), World(net.config.image_size))  # after a step the gradient of A is not zero
     changed = {name for name, t in net.state_dict().items() if not torch.equal(t, before[name])}
-    own = {name for name in before if "lora_" in name or name.startswith(("multi_modal", "routers", "new_"))}
-    assert changed == own == set(models.learnt(net)) and "routers.shared.weight" in own
+    own = {name for name in before if "lora_" in name or name.startswith(("multi_modal", "routers")) or name.endswith(".new")}
+    assert changed == own == set(net.learned_state()) and "routers.shared.weight" in own
     models.save(tmp_path, net)
     assert set(load_file(tmp_path / "model.safetensors")) == own
     again = models.load(tmp_path)
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in net.state_dict().items())
-    models.save(tmp_path / "merged", models.merge(again))
+    models.save(tmp_path / "merged", pretrained.merge(again))
     merged = models.load(tmp_path / "merged")
     assert "lm_head.weight" in load_file(tmp_path / "merged" / "model.safetensors")  # no longer tied
     a, b = (logits(m.float().eval(), torch.arange(102)[None]) for m in (net, merged))

@@ -10,8 +10,8 @@ import torch
 from strategies import make_video, needs_ffmpeg
 
 import data
-import eval as evaluation
 import train
+from extras import page
 
 HEAD = "const stream = "
 
@@ -25,37 +25,39 @@ def test_a_page_holds_every_frame_and_every_choice_and_whatever_was_said_stays_t
     frames = [np.full((4, 4, 3), n, np.uint8) for n in range(3)]
     kept = [{3: torch.tensor([True, False, n > 0, True, False]), 1: torch.ones(5).bool()} for n in range(3)]
     evil = "</script><img src=x onerror=alert(1)> \x1b[2J"
-    page = evaluation.page("What & why?", 2.0, frames, kept, [None, evil, "A red disc."])
-    stream = stream_of(page)
+    said = [None, evil, "A red disc."]
+    made = page.page("What & why?", 2.0, [page.Watched(*each) for each in zip(frames, kept, said, strict=True)])
+    stream = stream_of(made)
     assert stream["kept"] == {"1": ["11111"] * 3, "3": ["10010", "10110", "10110"]}
     assert stream["said"] == [None, evil.replace("\x1b", "\N{MIDDLE DOT}"), "A red disc."]
     assert (stream["title"], stream["fps"], len(stream["frames"])) == ("What & why?", 2.0, 3)
-    assert page.count("</script>") == 1 and "<img" not in page
-    empty = evaluation.page("", 2.0, frames, kept, [None] * 3)
+    assert made.count("</script>") == 1 and "<img" not in made
+    silent = [page.Watched(*each, None) for each in zip(frames, kept, strict=True)]
+    empty = page.page("", 2.0, silent)
     assert not re.search(r"https?:|src=|href=|@import|url\(", empty)  # nothing is fetched
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page") / "run"
-    train.main(["--task", "scene", "--steps", "1", "--streams", "1", "--device", "cpu", "--out", str(folder)])
+    train.main(["--preset", "coarse", "--steps", "1", "--streams", "1", "--device", "cpu", "--out", str(folder)])
     return folder
 
 
 def test_without_a_video_the_page_is_of_a_held_out_stream(run, tmp_path, capsys):
-    evaluation.main([str(run), "--html", str(tmp_path / "page.html"), "--device", "cpu"])
+    page.main([str(run), "--out", str(tmp_path / "page.html"), "--device", "cpu"])
     stream = stream_of((tmp_path / "page.html").read_text())
-    assert len(stream["frames"]) == data.Scene.frames == len(stream["said"])
-    assert stream["kept"].keys() == {"1", "3"} and stream["title"].startswith("Name the colours")
+    assert len(stream["frames"]) == data.World.frames == len(stream["said"])
+    assert stream["kept"].keys() == {"1", "3"} and stream["title"] == data.QUERY
     assert all(row.count("1") == 2 and len(row) == 10 for rows in stream["kept"].values() for row in rows)
-    assert f"a page of all {data.Scene.frames} frames" in capsys.readouterr().out
+    assert f"a page of all {data.World.frames} frames" in capsys.readouterr().out
 
 
 @needs_ffmpeg
 def test_with_a_video_the_page_is_of_it(run, tmp_path):
     make_video(tmp_path / "v.mp4", 7, 10)
-    evaluation.main([str(run), "--watch", str(tmp_path / "v.mp4"), "--html", str(tmp_path / "page.html"),
-                     "--query", "What?", "--device", "cpu"])
+    page.main([str(run), "--watch", str(tmp_path / "v.mp4"), "--out", str(tmp_path / "page.html"),
+               "--query", "What?", "--window", "2", "--device", "cpu"])
     stream = stream_of((tmp_path / "page.html").read_text())
     assert len(stream["frames"]) == 14 and stream["title"] == "What?"
 
@@ -63,6 +65,8 @@ def test_with_a_video_the_page_is_of_it(run, tmp_path):
 def test_a_run_without_a_stream_of_its_own_needs_a_video(run, tmp_path):
     settings = json.loads((run / "train.json").read_text())
     (run / "train.json").write_text(json.dumps(settings | {"task": "vqa"}))
-    with pytest.raises(ValueError, match="watch must be given with html for the task vqa, got no video"):
-        evaluation.main([str(run), "--html", str(tmp_path / "page.html"), "--device", "cpu"])
+    with pytest.raises(ValueError, match=r"watch must be given for the task vqa, .*, got no video"):
+        page.main([str(run), "--out", str(tmp_path / "page.html"), "--device", "cpu"])
     assert not Path(tmp_path / "page.html").exists()
+    with pytest.raises(ValueError, match=r"out must name an \.html file in a folder that is there, got x\.png"):
+        page.main([str(run), "--out", "x.png"])

@@ -1,14 +1,18 @@
-"""Each benchmark is read from its own annotation files by the rules of the papers, trained on and scored."""
+"""Each benchmark is read from its annotation files by the rules of the papers, and scored."""
 
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from strategies import make_video, needs_ffmpeg
 
+import data
 import eval as evaluation
 import train
-from data import READERS, Folder
-from eval import SCORES, edit_distance
+from extras import benchmarks
+from extras.benchmarks import TASKS
+from extras.scores import edit_distance, forecast, nearest, relaxed, top1
 
 
 def action(n, video="v"):
@@ -30,7 +34,8 @@ TAKES = {"annotations": {"u": {"take_name": "v", "segments": [
 TALK = [{"from": "human", "value": "<image>\nHow many?"}, {"from": "gpt", "value": "40"},
         {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes"}]
 FILES = {
-    "ego4d": {"all_narrations_redacted.json": {"videos": {uid: {"narrations": TALKS} for uid in "vwxy"}},
+    "ego4d": {"all_narrations_redacted.json": {
+                  "videos": {uid: {"narrations": TALKS} for uid in "vwxy"}},
               "fho_val.json": {"clips": [{"video_uid": "v"}]},
               "nlq_test_unannotated.json": {"videos": [{"video_uid": "v"}, {"video_uid": "w"}]}},
     "lta": {"fho_lta_taxonomy.json": {"verbs": ["turn_on_(start)", "take"],
@@ -40,8 +45,9 @@ FILES = {
     "coin": {"COIN.json": {"database": {"v": recipe("training", "boil water", "pour it", "stir"),
                                         "w": recipe("testing", "stir", "sip")}}},
     "keystep": {"keystep_train.json": TAKES, "keystep_val.json": TAKES},
-    "llava": {"mix.json": [*({"image": f"i/a.{kind}", "conversations": TALK} for kind in ("png", "jpg")),
-                           {"image": "i/a.png", "conversations": TALK[1:3]}, {"id": 3}]},
+    "llava": {"mix.json": [
+        *({"image": f"i/a.{kind}", "conversations": TALK} for kind in ("png", "jpg")),
+        {"image": "i/a.png", "conversations": TALK[1:3]}, {"id": 3}]},
 }
 
 
@@ -56,13 +62,18 @@ def folder(tmp_path):
 
 
 def read(folder, task, split="train"):
-    return list(READERS[task][0](folder / task.split("-")[0], split))
+    return list(TASKS[task].entries(folder / task.split("-")[0], split))
+
+
+def open_task(folder, task):
+    return data.open_source(task, str(folder), 2.0, False, 16)
 
 
 def spans(entries):
     """video, start, end and answer of questions about spans"""
-    assert all([t["role"] for t in e["conversation"]] == ["user", "assistant"] for e in entries)
-    assert all([t["time"] for t in e["conversation"]] == [e["start"], e["end"]] for e in entries)
+    for e in entries:
+        assert [t["role"] for t in e["conversation"]] == ["user", "assistant"]
+        assert [t["time"] for t in e["conversation"]] == [e["start"], e["end"]]
     return [(e["video"], e["start"], e["end"], e["conversation"][1]["content"]) for e in entries]
 
 
@@ -72,12 +83,13 @@ def test_narrations_are_cleaned_put_on_the_grid_and_split_by_the_lists_of_benchm
         (1.0, "C drops a cup."), (2.5, "A man X walks.")]  # at 1.0 the later; at 1.5 the same again
     assert [(t["time"], t["content"]) for t in other["conversation"]][1:] == [(1.0, "C sits.")]
     assert (mine["video"], mine["end"]) == ("x.mp4", 2.5)
-    assert {e["video"] for e in read(folder, "ego4d", "val")} == {"v.mp4"}  # though a test list has it
+    assert {e["video"] for e in read(folder, "ego4d", "val")} == {"v.mp4"}  # in a test list too
 
 
 def test_from_eight_actions_the_next_twenty_are_asked(folder):
     first, *_, last = entries = spans(read(folder, "lta"))
-    assert len(entries) == 3 and first[:3] == ("v.mp4", 0.5, 1.5) and last[:3] == ("v.mp4", 0.75, 1.75)
+    assert len(entries) == 3
+    assert first[:3] == ("v.mp4", 0.5, 1.5) and last[:3] == ("v.mp4", 0.75, 1.75)
     answer = first[3].split("\n")
     assert answer[:3] == ["1. Turn-on cup.", "2. Take bat (sport).", "3. Turn-on bat (animal)."]
     assert len(answer) == 20 and [e[0] for e in spans(read(folder, "lta", "val"))] == ["w.mp4"]
@@ -87,7 +99,8 @@ def test_steps_next_steps_tasks_and_procedures_of_coin(folder):
     assert spans(read(folder, "coin-step"))[1] == ("v.mp4", 1, 1.8, "Pour it.")
     assert [a for *_, a in spans(read(folder, "coin-next"))] == ["Pour it.", "Stir."]
     assert spans(read(folder, "coin-task")) == [("v.mp4", 0.2, 2.9, "Make Tea.")]
-    assert [a for *_, a in spans(read(folder, "coin-procedure"))] == ["1. Pour it.\n2. Stir.", "1. Stir."]
+    answers = [a for *_, a in spans(read(folder, "coin-procedure"))]
+    assert answers == ["1. Pour it.\n2. Stir.", "1. Stir."]
     assert "Make Tea." in read(folder, "coin-goal")[0]["conversation"][0]["content"]
     assert [e[0] for e in spans(read(folder, "coin-step", "val"))] == ["w.mp4"] * 2
 
@@ -95,35 +108,39 @@ def test_steps_next_steps_tasks_and_procedures_of_coin(folder):
 def test_keysteps_and_questions_about_images(folder):
     assert spans(read(folder, "keystep")) == [("v.mp4", 0.3, 1.1, "Add salt.")]
     (entry,) = read(folder, "llava")
-    assert [turn["content"] for turn in entry["conversation"]] == ["How many?", "40", "Sure?", "Yes"]
+    said = [turn["content"] for turn in entry["conversation"]]
+    assert said == ["How many?", "40", "Sure?", "Yes"]
     assert entry["video"] == "i/a.png"  # by image, so that none is in both
     assert [entry["video"] for entry in read(folder, "llava", "val")] == ["i/a.jpg"]
 
 
 @needs_ffmpeg
 @pytest.mark.parametrize(("task", "score"), [  # the five of COIN share their code
-    ("ego4d", "fluency"), ("lta", "ed_action"), ("coin-goal", "top1_nearest"), ("keystep", "top1_exact"),
-    ("llava", "relaxed")])
+    ("ego4d", "fluency"), ("lta", "ed_action"), ("coin-goal", "top1_nearest"),
+    ("keystep", "top1_exact"), ("llava", "relaxed")])
 def test_each_benchmark_is_trained_on_and_evaluated(folder, task, score, monkeypatch, capsys):
-    data, run = folder / task.split("-")[0], folder / "run"
+    videos, run = folder / task.split("-")[0], folder / "run"
     for video in "vwx":
-        make_video(data / f"{video}.mp4", 4.3, 8, "testsrc2=size=32x32")
-    for image in ("a.png", "a.jpg"):  # large and detailed: ffmpeg takes such a jpg for a pattern of names
-        make_video(data / "i" / image, 1, 1, "testsrc2=size=640x480", "format=rgb24")
-    monkeypatch.setattr(evaluation.Watcher.__init__, "__defaults__", (0.0, None, 5))  # 5 tokens a reply
-    train.main(["--task", task, "--data", str(data), "--out", str(run), "--steps", "1", "--batch", "1",
-                "--streams", "1", "--device", "cpu"])
+        make_video(videos / f"{video}.mp4", 4.3, 8, "testsrc2=size=32x32")
+    for image in ("a.png", "a.jpg"):  # large: ffmpeg takes such a jpg for a pattern of names
+        make_video(videos / "i" / image, 1, 1, "testsrc2=size=640x480", "format=rgb24")
+    monkeypatch.setattr(evaluation.Watcher.__init__, "__defaults__", (0.0, 0, 5))  # of a reply
+    train.main(["--task", task, "--data", str(videos), "--out", str(run), "--steps", "1",
+                "--batch", "1", "--streams", "1", "--device", "cpu"])
     assert score in json.loads((run / "eval.json").read_text())["free_running"]
     printed = capsys.readouterr().out
     assert "1 held-out clips" in printed
     assert ("2 of 4 clips lack their video" in printed) == (task == "ego4d")
-    tested = {clip.video.name for clip in Folder(data, 16, task=task).tested}
-    assert tested == {{"ego4d": "v.mp4", "keystep": "v.mp4", "llava": "a.jpg"}.get(task, "w.mp4")}
+    tested = {clip.video.name for clip in open_task(videos, task).tested}
+    names = {"ego4d": "v.mp4", "keystep": "v.mp4", "llava": "a.jpg"}
+    assert tested == {names.get(task, "w.mp4")}
 
 
 @pytest.mark.parametrize(("task", "file", "broken", "complaint"), [
-    ("coin-step", "COIN.json", '{"data": 1}', r"COIN\.json must have 'database' where it has \['data'\]"),
-    ("coin-step", "COIN.json", '{"database": [1]}', "must hold annotations of coin-step, got AttributeError"),
+    ("coin-step", "COIN.json", '{"data": 1}',
+     r"COIN\.json must have 'database' where it has \['data'\]"),
+    ("coin-step", "COIN.json", '{"database": [1]}',
+     "must hold annotations of coin-step, got AttributeError"),
     ("coin-step", "COIN.json", json.dumps({"database": {"v": {
         "class": "A", "subset": "training", "start": 0, "end": 1,
         "annotation": [{"label": "a", "segment": [1]}]}}}),
@@ -137,19 +154,57 @@ def test_a_broken_schema_is_named_in_a_sentence(folder, task, file, broken, comp
     path = folder / task.split("-")[0] / file
     path.write_text(broken) if broken else path.unlink()
     with pytest.raises((ValueError, OSError), match=complaint):
-        Folder(path.parent, 16, task=task)
+        open_task(path.parent, task)
 
 
-@pytest.mark.parametrize(("metric", "said", "true", "expected"), [
+def test_top_1_is_over_all_lines_as_they_are_or_as_the_nearest_known_line():
     # 1 of 4 lines is right as it is, "stirr" as the nearest, where the missing line is not counted
-    ("top1", [["1. Pour it.\n2. stirr"], ["pour"]], ["1. Pour it.\n2. Stir.\n3. Sip.", "Sip."],
-     [1 / 4, 2 / 3]),
-    # the first has all verbs ("tke" is nearest to "take", the last is repeated), the second all nouns
-    ("forecast", [["1. tke cup.\n2. take bat", "put pan\nput bat"]],
-     ["1. Take pan.\n2. Take bat.\n3. Take bat."], [0, 0, 1 / 3]),
-    ("relaxed", [["41.9%"], ["43"], ["YES."], ["nan"], ["Inf"]], ["40", "40", "Yes", "1", "inf"], [3 / 5]),
-])
-def test_answers_are_scored_as_worked_out_by_hand(metric, said, true, expected):
-    known = [*true, "Put cup."] if metric == "forecast" else true
-    assert list(SCORES[metric](said, true, known).values()) == pytest.approx(expected)
-    assert [edit_distance(*pair) for pair in (("kitten", "sitting"), ("", "ab"), ([1], [1]))] == [3, 2, 0]
+    true = ["1. Pour it.\n2. Stir.\n3. Sip.", "Sip."]
+    scores = top1(["1. Pour it.\n2. stirr", "pour"], true, true)
+    assert scores == {"top1_exact": 1 / 4, "top1_nearest": pytest.approx(2 / 3)}
+
+
+def test_a_forecast_counts_as_its_best_candidate_in_verbs_nouns_and_both():
+    # the first has all verbs ("tke" is nearest to "take", the last is repeated), the second nouns
+    said = [["1. tke cup.\n2. take bat", "put pan\nput bat"]]
+    true = ["1. Take pan.\n2. Take bat.\n3. Take bat."]
+    scores = forecast(said, true, [*true, "Put cup."])
+    assert scores == {"ed_verb": 0, "ed_noun": 0, "ed_action": pytest.approx(1 / 3)}
+
+
+def test_a_relaxed_answer_is_the_same_or_a_number_within_5_percent():
+    said, true = ["41.9%", "43", "YES.", "nan", "Inf"], ["40", "40", "Yes", "1", "inf"]
+    assert relaxed(said, true) == {"relaxed": pytest.approx(3 / 5)}
+
+
+@given(st.text("ab c", max_size=6), st.lists(st.text("ab c", min_size=1, max_size=6), min_size=1))
+def test_the_nearest_text_is_that_of_the_least_edit_distance(text, known):
+    pairs = (("kitten", "sitting"), ("", "ab"), ([1], [1]))
+    assert [edit_distance(*pair) for pair in pairs] == [3, 2, 0]
+    assert nearest(text, tuple(known)) == min(known, key=lambda other: edit_distance(text, other))
+
+
+def test_a_benchmark_needs_a_folder_and_all_tasks_are_named_in_the_help(capsys):
+    with pytest.raises(ValueError, match=r"data must name a folder .* for the task lta, got none"):
+        data.open_source("lta", "", 2.0, False, 16)
+    with pytest.raises(ValueError, match=f"one of narration, vqa, {', '.join(TASKS)}, got chess"):
+        data.open_source("chess", "", 2.0, False, 16)
+    benchmarks.main([])
+    printed = capsys.readouterr().out
+    for task, source in TASKS.items():
+        assert task in printed and source.task == task and data.find_task(task) is source
+
+
+@needs_ffmpeg
+def test_what_is_narrated_after_the_end_of_a_video_is_left_out_but_an_answer_is_refused(folder):
+    for task in ("ego4d", "coin"):
+        for video in "vwx":
+            make_video(folder / task / f"{video}.mp4", 0.4, 5, "testsrc2=size=32x32")
+    (first,) = open_task(folder / "ego4d", "ego4d").held_out(1)
+    assert [turn.frame for turn in first.turns] == [0, 2]  # none at 2.5 s, 2 s after the end
+    path = str(folder / "coin")
+    complaint = r"coin-task train, v\.mp4: time must be at most .* got 2\.9"
+    with pytest.raises(ValueError, match=complaint):
+        data.open_source("coin-task", path, 2.0, False, 16).batch(0, 0, 1)
+    (late,) = data.open_source("coin-task", path, 2.0, True, 16).batch(0, 0, 1)
+    assert late.turns[-1].frame == len(late.frames) - 1  # at the last frame that there is

@@ -1,0 +1,278 @@
+"""Hugging Face folders are read as transformers reads them, or refused in a sentence."""
+
+import json
+import shutil
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from strategies import TURN, annotate, make_video, needs_ffmpeg
+
+import data
+import eval as evaluation
+import model as models
+import train
+from data import Clips, Turn
+from extras import pretrained
+from extras.cost import SIZES
+from extras.encoders import SiglipVision
+from extras.huggingface import PretrainedTokenizer
+from extras.pretrained import PretrainedConfig, PretrainedFlags, PretrainedLM
+from mod import MASKED, Groups
+from model import Config, VideoLM, initialise
+
+FIXTURES = Path(__file__).parent / "fixtures"
+DECODERS, ENCODERS = (sorted(p.parent for p in FIXTURES.glob("*/expected.safetensors")
+                             if p.parent.name.startswith(("clip", "siglip")) == vision)
+                      for vision in (False, True))
+def plain(config: Config, **changes) -> PretrainedConfig:
+    """The same sizes, ready for folders"""
+    return PretrainedConfig(**{f.name: getattr(config, f.name) for f in fields(Config)} | changes)
+
+
+SMALL = plain(Config(), pool=2)
+LLM = FIXTURES / "smollm2"  # its tokenizer.json has 270 entries
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+def logits(net: VideoLM, tokens: torch.Tensor) -> torch.Tensor:
+    groups = Groups.plan(torch.full_like(tokens, -1), net.config.keep)
+    frames, seed = torch.zeros(len(tokens), 0), torch.zeros(len(tokens)).long()
+    return net.logits(net(tokens, frames, groups, seed).hidden)
+
+
+@pytest.mark.parametrize("folder", DECODERS, ids=lambda folder: folder.name)
+def test_the_logits_of_a_decoder_are_those_of_transformers(folder):
+    expected = load_file(folder / "expected.safetensors")
+    for new in (0, 6):
+        net = pretrained.build(pretrained.pretrained(SMALL, str(folder), new_tokens=new)).float()
+        found = logits(net, expected["input_ids"])
+        known = found[..., : found.shape[-1] - new]
+        torch.testing.assert_close(known, expected["logits"], rtol=1e-5, atol=1e-5)
+    table = net.embed_tokens.weight
+    assert (net.embed_tokens.new == table.mean(0)).all() and len(table) == net.config.vocab_size - 6
+    assert (net.lm_head.new == net.lm_head.weight.mean(0)).all()
+    rows = net.embed_tokens(torch.arange(net.config.vocab_size))  # new tokens come after the known ones
+    assert torch.equal(rows, torch.cat([table, net.embed_tokens.new]))
+
+
+@pytest.mark.parametrize("folder", ENCODERS, ids=lambda folder: folder.name)
+def test_the_hidden_states_of_an_encoder_are_those_of_transformers(folder):
+    expected = load_file(folder / "expected.safetensors")
+    vision = pretrained.build(pretrained.pretrained(SMALL, vision=str(folder))).float().vision_model
+    hidden, tokens = vision.hidden(expected["pixel_values"]), vision(expected["frames"])
+    torch.testing.assert_close(hidden, expected["last_hidden_state"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tokens[:, 0], expected["pooler_output"], rtol=1e-5, atol=1e-5)
+    grid = hidden[:, -16:].unflatten(1, (2, 2, 2, 2)).mean((2, 4)).flatten(1, 2)  # 4 x 4 patches in fours
+    torch.testing.assert_close(tokens[:, 1:], grid, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_keep_the_type_of_their_file_and_what_is_learnt_is_float32():
+    config = pretrained.pretrained(replace(SMALL, lora_rank=2), str(FIXTURES / "llama3"), new_tokens=6)
+    net = pretrained.build(config)
+    kinds = {name: p.dtype for name, p in net.named_parameters() if not name.startswith("vision_model")}
+    assert {kinds[name] for name in kinds if config.frozen(name)} == {torch.bfloat16}
+    assert {kinds[name] for name in kinds if not config.frozen(name)} == {torch.float32}
+    out = logits(net, torch.arange(102)[None])  # new tokens too
+    assert out.dtype == torch.bfloat16 and out.shape == (1, 102, 102) and out.isfinite().all()
+    cfg = PretrainedFlags(llm=config.llm, vision=str(FIXTURES / "clip"), train_vision=True, lora_rank=0)
+    _, net = pretrained.prepare_run(cfg, {"llm", "vision", "train_vision", "lora_rank"})
+    assert {p.dtype for p in net.parameters()} == {torch.float32}  # all of it learns
+
+
+def spoil(file: Path, change: dict | bytes | None) -> None:
+    """Write other bytes, values of a JSON file or tensors; None: leave only a pickle."""
+    if change is None:
+        file.rename(file.with_name("pytorch_model.bin"))
+    elif isinstance(change, bytes):
+        file.write_bytes(change)
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    else:
+        save_file(load_file(file) | change, file)
+
+
+@pytest.mark.parametrize(("file", "change", "complaint"), [
+    (CONFIG, {"model_type": "clip"}, "model_type must be llama or mistral or qwen2, got 'clip'"),
+    (CONFIG, {"rope_scaling": {"type": "yarn"}}, "rope_type must be .*llama3, got 'yarn'"),
+    (CONFIG, {"rope_scaling": {"type": "linear", "factor": 0}}, r"above 0, got \(0,\)"),
+    (CONFIG, {"hidden_act": "gelu"}, "hidden_act must be silu, got 'gelu'"),
+    (CONFIG, {"partial_rotary_factor": 0.5}, r"partial_rotary_factor must be 1\.0, got 0\.5"),
+    (CONFIG, {"hidden_size": "big"}, r"config\.json must be of a known model"),
+    (CONFIG, {"hidden_size": 10**12}, "hidden_size must be above 0 and below"),
+    (CONFIG, {"intermediate_size": True}, "intermediate_size must be of type int, got True"),
+    (CONFIG, {"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 1000, got"),
+    (CONFIG, b"[]", r"config\.json must be a JSON object"),
+    (CONFIG, b"[" * 10**5, r"config\.json must be JSON"),
+    (WEIGHTS, {"model.norm.weight": torch.ones(24).long()}, r"norm\.weight must be \[24\], got torch\.int64"),
+    (WEIGHTS, {"model.norm.bias": torch.ones(24)}, r"norm\.bias must be absent, got \[24\]"),
+    (WEIGHTS, None, r"got \.bin files"),
+    (INDEX, b'{"weight_map": {"x": "../a.safetensors"}}', r"files beside it, got '\.\./a\.safetensors'"),
+    (INDEX, b'{"weight_map": {"x": "pytorch_model.bin"}}', "files beside it, got 'pytorch_model.bin'"),
+    (INDEX, b'{"weight_map": {"x": "absent.safetensors"}}', r"absent\.safetensors must be a safetensors"),
+    (INDEX, b'{"weight_map": 3}', "safetensors files beside it, got"),
+])
+def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path, file, change, complaint):
+    folder = Path(shutil.copytree(FIXTURES / "llama2", tmp_path / "llm"))
+    spoil(folder / file, change)
+    with pytest.raises(ValueError, match=complaint):
+        pretrained.build(pretrained.pretrained(SMALL, str(folder)))
+
+
+def test_an_encoder_of_no_known_family_is_refused():
+    with pytest.raises(ValueError, match="model_type must be clip or siglip, got 'llama'"):
+        pretrained.pretrained(SMALL, vision=str(FIXTURES / "llama2"))
+
+
+def test_a_grid_is_of_the_patches_of_the_folder_and_a_converted_encoder_learns_as_slowly(tmp_path):
+    how = {"vision": str(FIXTURES / "siglip"), "preset": "coarse", "train_vision": True}  # 4 x 4, not 3 x 3
+    assert pretrained.sizes_of(PretrainedFlags(pool=4, **how)).pool == 4
+    with pytest.raises(ValueError, match="pool must be at most 4"):
+        pretrained.sizes_of(PretrainedFlags(pool=5, **how))
+    settings, net = pretrained.prepare_run(PretrainedFlags(plan="dense", **how), set(how))
+    assert settings.adam_lr == 0.0002
+    models.save(tmp_path, net)
+    cfg = train.TrainConfig(init=str(tmp_path), out=str(tmp_path / "new"))
+    assert train.settings(cfg, {"init", "out"}).adam_lr == 0.0002
+    assert train.settings(replace(cfg, adam_lr=0.1), {"init", "out", "adam_lr"}).adam_lr == 0.1
+
+
+@needs_ffmpeg
+def test_a_pretrained_pair_is_trained_saved_converted_and_watches_a_video(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tokenizers", reason="reads tokenizer.json")
+    monkeypatch.chdir(tmp_path)
+    make_video(annotate(tmp_path, {"video": "v.mp4", "conversation": [TURN]}) / "v.mp4", 1)
+    few = ["--data", ".", "--steps", "1", "--batch", "1", "--streams", "1"]
+    pair = ["--llm", str(FIXTURES / "smollm2"), "--vision", str(FIXTURES / "siglip"), "--lora_rank", "2"]
+    gamma = ["--router", "shared", "--masked", "question", "--routing_loss", "0.01", "--keep", "0.5"]
+    pretrained.main([*few, *pair, "--plan", "dense", "--out", "out/dense"])
+    pretrained.main([*few, *pair, "--gate", "unit", "--out", "out/mod"])
+    with monkeypatch.context() as patch:
+        patch.setattr(SiglipVision, "forward", None)  # the clip has been encoded already
+        pretrained.main([*few, *pair, "--plan", "arank", *gamma, "--out", "out/gamma"])
+    train.main([*few, "--init", "out/dense", "--plan", "arank", *gamma, "--out", "out/both"])
+    train.main(["--out", "out/mod", "--resume", "--device", "cpu"])
+    assert sorted(models.load(Path("out/gamma")).config.keep) == [0.5, 1.0]
+    pretrained.main(["--merge", "out/mod", "--out", "out/merged"])
+    evaluation.main(["out/merged", "--streams", "1", "--device", "cpu"])
+    with pytest.raises(ValueError, match="out must be a new folder for the merged run, got 'out/merged'"):
+        pretrained.main(["--merge", "out/mod", "--out", "out/merged"])
+    evaluation.main(["out/both", "--watch", "v.mp4", "--device", "cpu"])
+    assert "tokens in the cache of each layer" in capsys.readouterr().out
+    assert len(list(Path("out/features").glob("*.safetensors"))) == 1
+    assert not [file for file in tmp_path.rglob("*") if file.suffix in (".pt", ".pth", ".bin", ".pkl")]
+
+
+def test_a_window_of_mistral_is_refused_in_a_sentence(tmp_path):
+    folder = Path(shutil.copytree(FIXTURES / "mistral", tmp_path / "llm"))
+    for window in ({"sliding_window": 6}, {}):
+        config = json.loads((folder / CONFIG).read_text())
+        config.pop("sliding_window", None)
+        (folder / CONFIG).write_text(json.dumps(config | window))
+        if window:
+            with pytest.raises(ValueError, match=r"config\.json must be of a known model: sliding_window must be None, got 6"):
+                pretrained.pretrained(SMALL, str(folder))
+        else:  # the file may leave it out; then it is 4096
+            with pytest.raises(ValueError, match="sliding_window must be None"):
+                pretrained.pretrained(SMALL, str(folder))
+
+
+OLD = {"new_tokens": 0, "rope_scaling": [], "sliding_window": 0, "attention_bias": False, "output_bias": False,
+       "tie_word_embeddings": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "vision_type": "scratch",
+       "vision_act": "gelu", "vision_norm_eps": 1e-5, "llm": "", "vision": "", "train_vision": False,
+       "lora_rank": 0, "lora_alpha": 256.0, "lora_dropout": 0.05}  # what config.json had for every run
+
+
+def test_a_run_of_an_earlier_version_is_the_same_model(tmp_path):
+    config = Config(keep=(1.0, 0.2, 0.0, 0.5), vocab_size=len(data.Tokenizer()))
+    net = initialise(VideoLM(config), 3)
+    models.save(tmp_path, net)
+    (tmp_path / CONFIG).write_text(json.dumps(asdict(config) | OLD))
+    again = models.load(tmp_path)
+    assert isinstance(again, PretrainedLM) and again.config.usual_flags == {}
+    samples = data.World(48).held_out(2)
+    a, b = (evaluation.hear(m, data.tokenizer_for(m.config), samples)[1].hidden for m in (net, again))
+    assert torch.equal(a, b) and not any(again.uses_muon(n, p) != net.uses_muon(n, p) for n, p in net.named_parameters())
+    (tmp_path / CONFIG).write_text(json.dumps(asdict(config) | OLD | {"colour": 3}))
+    with pytest.raises(ValueError, match=r"config\.json must hold the Config of a model: .*colour"):
+        models.load(tmp_path)
+
+
+def test_new_tokens_of_a_run_of_an_earlier_version_are_found(tmp_path):
+    config = pretrained.pretrained(replace(SMALL, lora_rank=2), str(FIXTURES / "llama3"), new_tokens=6)
+    net = pretrained.build(config, seed=1)
+    models.save(tmp_path, net)
+    held = load_file(tmp_path / WEIGHTS)
+    old = {new: name for name, new in pretrained.RENAMED.items()}
+    save_file({old.get(name, name): t for name, t in held.items()}, tmp_path / WEIGHTS)
+    again = models.load(tmp_path)
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in net.state_dict().items())
+
+
+def test_a_pretrained_vocabulary_is_extended_at_its_end_and_begins_each_stream_once():
+    pytest.importorskip("tokenizers")
+    t = data.tokenizer_for(plain(Config(), vocab_size=376, llm=str(LLM)))
+    assert (t.pad, t.user, t.silent, t.opening) == (370, 371, 375, [0])
+    text = "A red ring. <|begin_of_text|><frame><user>\u00e9"
+    assert t.decode([0, 369, *t.encode(text), t.frame]) == text and 0 not in t.encode(text)
+    assert max(t.encode(text)) < 370
+    bad = t.encode("\u00e9")[:1]  # half of a character: it is heard again as it was said, not as it reads
+    said = Turn(0, "assistant", t.decode(bad), tuple(bad))
+    tokens, group, labels = data.layout([said], 2, 1, t, MASKED["text"])
+    assert tokens == [0, -1, t.frame, t.assistant, *bad, t.end, -1, t.frame]
+    assert (group[0], labels[0]) == (-1, -100)
+    assert data.layout([said], 2, 1, t, MASKED["text"], begins=False)[0] == tokens[1:]
+
+
+def test_a_vocabulary_that_does_not_fit_the_model_is_refused_in_a_sentence(monkeypatch):
+    pytest.importorskip("tokenizers")
+    with pytest.raises(ValueError, match=r"tokenizer\.json must have at most 200 entries, .* got 270"):
+        PretrainedTokenizer(LLM, 200)
+    with pytest.raises(ValueError, match=r"absent/tokenizer\.json must be the tokenizer of a model"):
+        PretrainedTokenizer(Path("absent"), 370)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match=r"tokenizers must be installed .*pip install tokenizers"):
+        PretrainedTokenizer(LLM, 370)
+
+
+@needs_ffmpeg
+def test_each_clip_is_encoded_once_and_read_from_its_file_afterwards(tmp_path):
+    make_video(tmp_path / "v.mp4", 5)
+    span = {"video": "v.mp4", "start": 1, "end": 3, "conversation": [TURN | {"time": 3}]}
+    whole = {"video": "v.mp4", "conversation": [{"role": "assistant", "content": "After all."}]}
+    annotate(tmp_path, span, whole)
+    models_of, seen = [], []
+    for folder in ("siglip", "siglip", "clip"):
+        net = pretrained.build(pretrained.pretrained(SMALL, vision=str(FIXTURES / folder)))
+        models_of.append(net)
+        net.vision_model.register_forward_hook(lambda _, given, out: seen.append(len(given[0])))
+        source = Clips.open(str(tmp_path), 2.0, False, net.config.image_size)
+        plain_samples = Clips.open(str(tmp_path), 2.0, False, net.config.image_size).held_out(2)
+        net.adapt_source(source, tmp_path / "out" / "run")
+        for sample, p in zip(source.held_out(2), plain_samples, strict=True):
+            counted = len(seen)
+            expected = net.vision_model(data.stack_frames([p.frames])[0]).detach().float().numpy()
+            del seen[counted:]
+            np.testing.assert_allclose(sample.frames, expected, rtol=1e-5, atol=1e-6)
+            assert sample.turns == p.turns and np.array_equal(source.pixels(sample), p.frames)
+    assert seen == [5, 10] * 2  # by another encoder anew
+    files = list((tmp_path / "out" / "features").iterdir())
+    assert len(files) == 4
+    for file in files:
+        file.write_bytes(b"broken")
+    source.memory.clear()
+    with pytest.raises(ValueError, match=r"safetensors must hold features \(remove it to encode again\)"):
+        source.held_out(2)
+
+
+def test_the_sizes_of_the_papers_are_those_of_their_models():
+    for name, billions in (("llama3-8b", 8.03), ("vicuna-7b", 6.74)):
+        net = pretrained.skeleton(replace(plain(SIZES[name]), lora_rank=128))
+        size = sum(p.numel() for n, p in net.named_parameters()
+                   if not n.startswith(("vision", "multi")) and "lora_" not in n)
+        assert size / 1e9 == pytest.approx(billions, abs=0.01)
+    assert SIZES["llama3-8b"].tokens_per_frame == 10

@@ -1,0 +1,157 @@
+"""One command trains the rows of a table, whatever interrupts it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+import train
+from extras import sweep, tables
+from mod import PLACEMENTS
+from model import parse
+
+ROOT = Path(__file__).parents[2]
+
+
+class Child:
+    """In place of a process that trains: the same, here and now"""
+
+    asked: ClassVar[list[list[str]]] = []
+
+    def __init__(self, command: list[str], **how) -> None:
+        assert command[:4] == [sys.executable, "-m", "extras.sweep", "--row"]
+        self.asked.append(command[4:])
+        sweep.main(command[3:])
+
+    def wait(self) -> int:
+        return 0
+
+    def terminate(self) -> None:
+        pass
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A sweep of its own in an empty folder; its runs are trained in this process."""
+    rows = """
+        dense      --task vqa --plan dense --preset tiny
+        converted  --task vqa --init DENSE --plan all"""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sweep.SWEEPS, "own", rows)
+    monkeypatch.setattr(sys, "argv", sys.argv)  # a row sets it
+    monkeypatch.setattr(sweep.subprocess, "Popen", Child)
+    git = subprocess.CompletedProcess([], 0, "", "")
+    monkeypatch.setattr(sweep.subprocess, "run", lambda *a, **k: git)
+    Child.asked.clear()
+
+
+SWEEP = ["own", "--seeds", "2", "--steps", "1", "--streams", "2", "--device", "cpu"]
+NAMES = ["dense-seed0", "converted-seed0", "dense-seed1", "converted-seed1"]
+
+
+def test_a_sweep_trains_each_row_once_and_tables_them(here, capsys):
+    sweep.main(SWEEP)
+    assert [argv[0].rpartition("/")[2] for argv in Child.asked] == NAMES
+    rows = json.loads(Path("out/own.json").read_text())
+    plans = dict(zip(NAMES, ["dense", "all"] * 2, strict=True))
+    assert {row["run"]: row["plan"] for row in rows} == plans
+    row = {row["run"]: row for row in rows}
+    converted, dense = row["converted-seed0"], row["dense-seed0"]
+    assert converted["init"].endswith("out/own/dense-seed0") and converted["peak_memory"] > 10**7
+    assert {"argv", "commit", "device", "torch", "placement", "parameters"} <= converted.keys()
+    assert re.fullmatch(r"([0-9a-f]{40}(-dirty)?)?", converted["commit"])
+    assert {"accuracy", "step_flops", "seconds_per_step"} <= converted["free_running"].keys()
+    assert dense["flops_of_dense"] == dense["free_running"]["flops_of_dense"] == 1
+    assert converted["flops_of_dense"] == converted["free_running"]["step_flops"] < 1
+    assert converted["free_running"]["flops_of_dense"] < 1
+    assert dense["on_shapes_at"] == {}  # it has no routed layer
+    assert converted["on_shapes_at"]["1"].keys() == {f"layer {n}" for n in range(4)} | {"chance"}
+    tables.main(["out/own"])
+    assert "| `converted` | " in capsys.readouterr().out
+
+
+def test_a_sweep_goes_on_where_it_was_cut_off(here):
+    sweep.main(SWEEP)
+    rows = json.loads(Path("out/own.json").read_text())
+    Path("out/own/dense-seed1/eval.json").unlink()  # as if it had been killed just then
+    Child.asked.clear()
+    sweep.main(SWEEP)
+    assert Child.asked == [["--out=out/own/dense-seed1", "--resume", "--device=cpu"]]
+    assert len(json.loads(Path("out/own.json").read_text())) == len(rows)
+    wrong = r"sweep must go on with the flags that .*, got .*\"steps\": \"2\""
+    with pytest.raises(ValueError, match=wrong):
+        sweep.main([*SWEEP, "--steps", "2"])
+
+
+def test_a_run_that_fails_ends_a_sweep(here, monkeypatch):
+    monkeypatch.setattr(Child, "wait", lambda self: 2)
+    failed = r"dense-seed0 must train and be evaluated, its end is in .*\.log"
+    with pytest.raises(ValueError, match=failed):
+        sweep.main(SWEEP)
+    assert len(Child.asked) == 1 and not Path("out/own.json").exists()
+
+
+def test_who_stops_a_sweep_stops_its_runs(tmp_path):
+    flags = ["--seeds", "2", "--jobs", "2", "--device", "cpu"]
+    command = [sys.executable, "-m", "extras.sweep", "narration", *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    begun = tmp_path / "out" / "narration" / "dense-seed0" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, cwd=tmp_path, stdout=quiet, env=environment) as process:
+        while not begun.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 143
+    length = begun.stat().st_size
+    time.sleep(3)
+    assert begun.stat().st_size == length
+    assert not (tmp_path / "out" / "narration.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ([], "sweep must be one of narration, forecast, summary, scene, vqa, got none"),
+        (["nope"], "sweep must be one of narration, forecast, summary, scene, vqa, got nope"),
+        (["scene", "--jobs", "0"], "jobs must be above 0 and below .*, got 0"),
+        (["scene", "--seed", "1"], "unrecognized arguments: --seed 1"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_in_a_sentence(wrong, complaint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=complaint):
+        sweep.main(wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_row_of_a_sweep_is_a_run_that_train_takes():
+    for name in sweep.SWEEPS:
+        rows = sweep.rows_of(name)
+        names = [row[0] for row in rows]
+        assert names[0] == "dense" and len(set(names)) == len(names)
+        for _, *flags in rows:
+            cfg, _ = parse(train.TrainConfig, ["--task", name, *flags], "")
+            assert cfg.plan in {"arank", *PLACEMENTS}
+
+
+def test_a_folder_without_runs_or_with_a_broken_one_is_refused_in_a_sentence(here, tmp_path):
+    with pytest.raises(ValueError, match="absent must hold runs, got none"):
+        sweep.collect(Path("absent"))
+    sweep.main([*SWEEP, "--seeds", "1"])
+    broken = Path("out/own/dense-seed0")
+    for name, text in (("log.jsonl", "{"), ("eval.json", "[]"), ("train.json", "{}")):
+        kept = (broken / name).read_text()
+        (broken / name).write_text(text)
+        if name == "train.json":  # it says nothing, so all its values are the defaults
+            (broken / name).write_text('{"colour": 1}')
+        with pytest.raises(ValueError, match="dense-seed0 must be an evaluated run: "):
+            sweep.collect(broken.parent)
+        (broken / name).write_text(kept)
+    assert len(sweep.collect(broken.parent)) == 2

@@ -1,0 +1,161 @@
+"""The tables and charts say what the rows of the results say."""
+
+import json
+from pathlib import Path
+from statistics import fmean, stdev
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from extras import tables
+
+ROOT = Path(__file__).parents[2]
+SVG = "{http://www.w3.org/2000/svg}"
+ACCURACY = {"a-b": (0.9, 0.8, 0.7), "dense": (0.5, 0.4, 0.3), "c": (0.1, 0.3)}
+ROWS = [
+    {"run": f"{name}-seed{seed}", "seed": seed, "free_running": {"accuracy": x, "skipped": 0.5}}
+    for name, values in ACCURACY.items()
+    for seed, x in enumerate(values)
+]
+
+
+@pytest.mark.parametrize(
+    ("n", "t", "p"),
+    [
+        (2, 12.706, 0.05),
+        (3, 4.303, 0.05),
+        (5, 2.776, 0.05),
+        (5, 4.604, 0.01),
+        (10, 2.262, 0.05),
+        (5, 0.0, 1.0),
+    ],
+)
+def test_p_is_that_of_the_tables_of_students_t(n, t, p):
+    spread = [i - (n - 1) / 2 for i in range(n)]
+    error = stdev(spread) / n**0.5
+    assert tables.students_p([x + t * error for x in spread]) == pytest.approx(p, rel=0.002)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=9))
+def test_p_is_a_share_the_same_for_both_signs_and_smaller_further_from_0(apart):
+    p = tables.students_p(apart)
+    assert 0 <= p <= 1 + 1e-9 and p == pytest.approx(tables.students_p([-x for x in apart]))
+    mean = fmean(apart)
+    assert tables.students_p([x + mean for x in apart]) <= p + 1e-6
+
+
+def test_a_table_has_means_and_errors_in_the_order_asked_for():
+    assert tables.table(ROWS, ["dense", "a-b", "c"]).splitlines() == [
+        "| run | answers right | tokens skipped |",
+        "|---|---|---|",
+        "| `dense` (3 seeds) | 40.0% ± 5.8% | 50.0% |",
+        "| `a-b` (3 seeds) | 80.0% ± 5.8% | 50.0% |",
+        "| `c` (2 seeds) | 20.0% ± 10.0% | 50.0% |",
+    ]
+    with pytest.raises(ValueError, match="the rows of a table must be runs of its file, got absent"):
+        tables.table(ROWS, ["absent"])
+    with pytest.raises(ValueError, match="a table must have one run of a seed, got dense-seed0 and"):
+        tables.table([*ROWS, ROWS[3] | {"run": "dense"}])
+    other = {"run": "d", "seed": 0, "streams": 8, "free_running": {"accuracy": 0.5}}
+    with pytest.raises(ValueError, match="the runs of a table must be evaluated alike"):
+        tables.table([*ROWS, other])
+
+
+def test_a_table_has_the_columns_that_its_marker_names():
+    assert tables.table(ROWS, ["c"], ["skipped", "accuracy"]).splitlines() == [
+        "| run | tokens skipped | answers right |",
+        "|---|---|---|",
+        "| `c` | 50.0% | 20.0% ± 10.0% |",
+    ]
+    assert tables.table(ROWS, ["c"], ["relaxed"]).splitlines()[2] == "| `c` | - |"
+    with pytest.raises(ValueError, match=r"the columns of a table must be of lm_ppl, .*, got speed"):
+        tables.table(ROWS, ["c"], ["speed"])
+
+
+def test_two_rows_are_compared_seed_by_seed_in_a_sentence(tmp_path, capsys):
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps(ROWS))
+    tables.main(["--compare", str(file), "a-b", "dense"])
+    assert capsys.readouterr().out == (
+        "a-b is +40.0 ± 0.0 points from dense in answers right: mean and standard error over 3 "
+        "seeds, p < 0.001 of a paired t-test\n"
+    )
+    tables.main(["--compare", str(file), "c", "dense"])
+    said = capsys.readouterr().out
+    assert said.startswith("c is -25.0 ± 15.0 points from dense") and "p 0.344" in said
+    with pytest.raises(ValueError, match="the rows of a table must be runs of its file, got absent"):
+        tables.main(["--compare", str(file), "a-b", "absent"])
+    with pytest.raises(ValueError, match="b and a must have two seeds in common, got 1"):
+        tables.compare([ROWS[0] | {"run": "a"}, ROWS[1] | {"run": "b", "seed": 0}], "b", "a")
+
+
+def test_only_what_stands_between_markers_is_renewed(tmp_path):
+    rows = [{"run": "dense", "seed": 0, "free_running": {"accuracy": 0.5, "skipped": 0.0}}]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    for words, keys in (("dense", ()), ("[columns: accuracy] dense", ["accuracy"]), ("", ())):
+        page = f"before\n<!-- table: x.json {words} -->\n{{}}\n<!-- end -->\n| after |\n"
+        made = page.format(tables.table(rows, (), keys))
+        assert tables.render(page.format("old\n\nolder"), tmp_path) == made
+        assert tables.render(made, tmp_path) == made
+        assert tables.render(page.replace("{}\n", ""), tmp_path) == made  # nothing between them yet
+
+
+def test_every_file_of_the_results_makes_a_table():
+    files = sorted((ROOT / "results").glob("*.json"))
+    assert len(files) >= 10
+    for file in files:
+        held = json.loads(file.read_text())
+        for names in ([], ["stream"]) if file.name == "profile-tiny-cpu.json" else ([],):
+            head, line, *body = tables.table(held, names).splitlines()
+            assert set(line) == set("|-") and body
+            assert {row.count(" | ") for row in body} == {head.count(" | ")}
+
+
+def test_a_chart_shows_each_curve_inside_its_frame_and_no_two_names_at_one_place():
+    curves = {f"row {n}": [(0.5, 0.9, 0.01)] for n in range(9)}
+    curves["line"] = [(0.1, 0.2, 0.0), (0.9, 0.4, 0.1)]
+    svg = ElementTree.fromstring(tables.chart("title", "across", "up", curves))
+    texts = {t.text: t for t in svg.iter(f"{SVG}text")}
+    assert {"title", "across", "up", *curves} <= texts.keys()
+    names = [(texts[name].get("x"), texts[name].get("y")) for name in curves]
+    assert len(set(names)) == len(names)
+    heights = [float(y) for _, y in names]
+    assert max(heights) == heights[-1]  # the legend is in the order of the last values
+    for circle in svg.iter(f"{SVG}circle"):
+        assert 60 <= float(circle.get("cx")) <= 540 and 50 <= float(circle.get("cy")) <= 310
+    one = tables.chart("t", "a", "u", {"only <1>": [(1.0, 0.5, 0.0)]})  # no span at all
+    assert "nan" not in one and "inf" not in one and ElementTree.fromstring(one) is not None
+
+
+def test_the_charts_of_a_sweep_have_a_point_a_row_and_a_curve_a_routed_layer():
+    looks = {"40": {"layer 1": 0.5, "chance": 0.3}, "80": {"layer 1": 0.6, "chance": 0.3}}
+    rows = [
+        {
+            "run": f"{name}-seed{seed}",
+            "seed": seed,
+            "flops_of_dense": 0.7,
+            "free_running": {"lm_correctness": 0.9 + seed / 100},
+            "on_shapes_at": looks,
+        }
+        for name in ("dense", "interleaved")
+        for seed in range(2)
+    ]
+    made = tables.charts(rows)
+    assert made["quality.svg"].count("<circle") == 2 and made["router.svg"].count("<circle") == 4
+    assert "layer 1" in made["router.svg"] and "chance" in made["router.svg"]
+
+
+def test_the_tables_and_charts_of_the_repository_are_renewed_in_place(tmp_path):
+    for folder in ("results", "assets"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "results" / "scene.json").write_text((ROOT / "results" / "scene.json").read_text())
+    page = "<!-- table: scene.json [columns: lm_correctness] dense -->\n<!-- end -->\n"
+    for file in (tmp_path / "README.md", tmp_path / "results" / "README.md"):
+        file.write_text(page)
+    tables.renew(tmp_path)
+    for file in (tmp_path / "README.md", tmp_path / "results" / "README.md"):
+        assert "| `dense` | 95.6% ± 4.4% |" in file.read_text()
+    for name in ("quality.svg", "router.svg"):
+        assert (tmp_path / "assets" / name).read_text() == (ROOT / "assets" / name).read_text()
