@@ -20,10 +20,11 @@ three worlds that stand in for them: scene, forecast, summary (worlds.py).
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 from data import Clip, Clips, Sample, Tokenizer, Turn, check_entry, frame_index, parse_json, replies
 from extras import worlds
@@ -36,11 +37,8 @@ class Benchmark(Clips):
 
     kind = "held-out clips"
     folder: Path
-
-    @classmethod
-    def entries(cls, folder: Path, split: str) -> Iterator[dict]:
-        """Each clip of a split, "train" or "val", in the format of data.check_entry"""
-        raise NotImplementedError
+    # folder, "train" or "val" -> each clip of the split, in the format of data.check_entry
+    entries: ClassVar[Callable[[Path, str], Iterator[dict]]]
 
     @classmethod
     def open(cls, folder: str, fps: float, partial: bool, size: int) -> "Benchmark":
