@@ -129,6 +129,8 @@ def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
 
     given: names of the flags that were given. Raises ValueError where these clash.
     """
+    if cfg.data:
+        cfg = replace(cfg, data=str(Path(cfg.data).resolve()))  # the same from any folder
     if cfg.resume:
         return resumed(cfg, given)
     needs = {"fps": cfg.data, "partial": cfg.data, "preset": not cfg.init}
@@ -140,8 +142,6 @@ def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
     usual = {**data.find_task(cfg.task).defaults, **begins.usual_flags}
     free = usual.keys() - given - ({"steps", "preset"} if cfg.init else set())
     cfg = replace(cfg, **{name: usual[name] for name in free})
-    if cfg.data:
-        cfg = replace(cfg, data=str(Path(cfg.data).resolve()))  # the same from any folder
     check_new(cfg.folder)
     return cfg
 

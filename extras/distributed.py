@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ import train
 from data import Sample
 from extras import pretrained
 from extras.cost import SIZES
-from extras.pretrained import PretrainedFlags
+from extras.pretrained import OWN, SHARED, PretrainedFlags
 from model import VideoLM, flag, load, parse, pick_device, run_main
 from train import TrainConfig
 
@@ -48,14 +48,16 @@ class DistributedFlags(PretrainedFlags):
             )
         if self.shard and self.compile:
             raise ValueError("compile must be left out with shard, got both")
+        if self.merge:
+            raise ValueError("merge must be left out here: python -m extras.pretrained --merge RUN")
 
 
 def start(cfg: DistributedFlags, given: set[str]) -> tuple[TrainConfig, VideoLM]:
     """The settings of the run and its model, before the first step or as it was saved"""
-    if cfg.llm or cfg.vision or cfg.preset in SIZES:
+    if given & OWN or cfg.preset in SIZES:
         return pretrained.prepare_run(cfg, given)
-    base = {f.name: getattr(cfg, f.name) for f in fields(TrainConfig)}
-    settings = train.settings(TrainConfig(**base), given & base.keys())
+    base = {name: getattr(cfg, name) for name in SHARED}
+    settings = train.settings(TrainConfig(**base), given & SHARED)
     return settings, load(settings.folder) if cfg.resume else train.build(settings)
 
 

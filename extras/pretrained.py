@@ -353,6 +353,10 @@ class PretrainedFlags(TrainConfig):
     )
 
 
+SHARED = {f.name for f in fields(TrainConfig)}  # flags that train.py has too
+OWN = {f.name for f in fields(PretrainedFlags)} - SHARED
+
+
 def sizes_of(cfg: PretrainedFlags) -> PretrainedConfig:
     """The dense config of the folders, with a preset for what they lack"""
     preset = SIZES.get(cfg.preset) or core.preset(cfg.preset)
@@ -373,25 +377,54 @@ def sizes_of(cfg: PretrainedFlags) -> PretrainedConfig:
 
 def prepare_run(cfg: PretrainedFlags, given: set[str]) -> tuple[TrainConfig, PretrainedLM]:
     """The settings of a run, as train.py has them, and its model, as it begins or was saved"""
-    if cfg.init:
-        raise ValueError("init must be left out here: python train.py --init converts any run")
-    base = {f.name: getattr(cfg, f.name) for f in fields(TrainConfig)}
-    if cfg.resume:
-        settings = train.settings(TrainConfig(**base), given & base.keys())
-        return settings, core.load(settings.folder)
     for name in ("llm", "vision"):
         if path := getattr(cfg, name):  # the same from any folder
             cfg = replace(cfg, **{name: str(Path(path).resolve())})
+    base = {name: getattr(cfg, name) for name in SHARED}
+    if cfg.resume:
+        settings = train.settings(TrainConfig(**base), given & SHARED)
+        return settings, saved_model(cfg, given, settings.folder)
+    check_useful(cfg, given)
     sizes = sizes_of(cfg)
     usual = {name: value for name, value in sizes.usual_flags.items() if name not in given}
     base |= {**usual, "preset": "tiny"}  # the folders have their sizes
     given = given | {"preset", *usual}
-    settings = train.settings(TrainConfig(**base), given & base.keys())
+    settings = train.settings(TrainConfig(**base), given & SHARED)
+    settings = replace(settings, preset=cfg.preset)
     if not cfg.out:
-        name = "-".join([Path(cfg.llm or cfg.vision).name, settings.folder.name])
-        settings = replace(settings, out=f"out/{name}")
+        begins = Path(cfg.llm or cfg.vision or cfg.preset).name
+        settings = replace(settings, out=f"out/{begins}-{settings.folder.name}")
         train.check_new(settings.folder)
     return settings, learn_in_float32(first_model(cfg, settings, sizes))
+
+
+def check_useful(cfg: PretrainedFlags, given: set[str]) -> None:
+    """Raises ValueError for a flag that would change nothing."""
+    if cfg.init:
+        raise ValueError("init must be left out here: python train.py --init converts any run")
+    adapted = cfg.llm or cfg.preset in SIZES
+    needs = {
+        "train_vision": cfg.vision,
+        "lora_rank": adapted,
+        "lora_alpha": adapted,
+        "lora_dropout": adapted,
+    }
+    for name in sorted(given & needs.keys()):
+        if not needs[name]:
+            got = getattr(cfg, name)
+            raise ValueError(f"{name} must be left out where it changes nothing, got {got}")
+
+
+def saved_model(cfg: PretrainedFlags, given: set[str], folder: Path) -> VideoLM:
+    """The model of the run to resume. Raises ValueError for a flag that it did not begin with."""
+    model = core.load(folder)
+    for name in sorted(given & OWN - {"merge", "gradient_checkpointing"}):
+        now, was = getattr(cfg, name), getattr(model.config, name, "")
+        if now != was:
+            raise ValueError(f"{name} must be {was or 'left out'} to resume {folder}, got {now}")
+    if "gradient_checkpointing" in given:  # only how it is computed
+        model.gradient_checkpointing = cfg.gradient_checkpointing
+    return model
 
 
 def first_model(

@@ -308,16 +308,23 @@ def first_batch(run: Path, model: VideoLM, settings: train.TrainConfig) -> data.
 
 
 def step_share(model: VideoLM, batch: data.Batch) -> float:
-    """FLOPs of a training step over those of the dense model."""
-    dense = replace(model.config, keep=(1.0,) * model.config.num_hidden_layers)
-    matrices = muon_matrices(model)
-    share = step_flops(model.config, batch, matrices) / step_flops(dense, batch, matrices)
-    return round(share, 4)
+    """FLOPs of a training step over those of the dense model.
+
+    A run that extras/pretrained.py began may have adapters or an encoder that does not learn.
+    """
+    c, matrices = model.config, muon_matrices(model)
+    dense = replace(c, keep=(1.0,) * c.num_hidden_layers)
+    lora_rank = getattr(c, "lora_rank", 0)  # Config has no adapters
+    frozen = not any(p.requires_grad for p in model.vision_model.parameters())
+    routed_step = step_flops(c, batch, matrices, lora_rank, frozen)
+    dense_step = step_flops(dense, batch, matrices, lora_rank, frozen)
+    return round(routed_step / dense_step, 4)
 
 
 def answer_share(config: Config, batch: data.Batch, tokens: dict) -> float:
     """FLOPs of a question and its answer over those of the dense model, at mean lengths.
 
+    batch: tells how many frames a question is about
     tokens: {"computed": [mean of each layer], "given": mean}
     """
     frames, given = batch.frames.shape[1], [tokens["given"]] * config.num_hidden_layers
@@ -355,8 +362,9 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:1] == ["--row"]:  # a process of a sweep
         train_row(argv[1:])
         return
-    cfg, given = parse(SweepConfig, argv, __doc__)
-    flags = {name: str(getattr(cfg, name)) for name in ("steps", "streams") if name in given}
+    cfg, _ = parse(SweepConfig, argv, __doc__)
+    numbers = {"steps": cfg.steps, "streams": cfg.streams}
+    flags = {name: str(number) for name, number in numbers.items() if number > 0}
     sweep = Sweep(cfg.name, cfg.jobs, flags, cfg.device)
     sweep.train(cfg.seeds)
     write_json(Path(f"{sweep.folder}.json"), collect(sweep.folder))

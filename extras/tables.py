@@ -29,16 +29,24 @@ from extras.sweep import collect
 from model import flag, parse, run_main, write, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-METRICS = (  # title, key, form; an indented title is in no table
-    *evaluation.METRICS,
+SCORES = (  # of benchmarks: title, key, form
     ("top-1", "top1_exact", "{:.1%}"),
     ("top-1, nearest", "top1_nearest", "{:.1%}"),
     ("ED of verbs", "ed_verb", "{:.3f}"),
     ("ED of nouns", "ed_noun", "{:.3f}"),
     ("ED of actions", "ed_action", "{:.3f}"),
     ("relaxed accuracy", "relaxed", "{:.1%}"),
+)
+COSTS = (
     ("FLOPs of dense", "flops_of_dense", "{:.1%}"),
     ("of a dense step", "step_flops", "{:.1%}"),
+)
+SKIPPED = [key for _, key, _ in evaluation.METRICS].index("skipped")  # scores stand before it
+METRICS = (  # an indented title is in no table
+    *evaluation.METRICS[:SKIPPED],
+    *SCORES,
+    *evaluation.METRICS[SKIPPED:],
+    *COSTS,
 )
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -215,6 +223,17 @@ def stream_table(rows: list[dict]) -> str:
 
 
 # --- two rows beside each other -------------------------------------------------------------------
+
+
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a results file. Raises ValueError, naming the file, if it holds none."""
+    try:
+        rows = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} must be JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{file} must hold the rows of a sweep, got {type(rows).__name__}")
+    return rows
 
 
 def compare(rows: list[dict], name: str, base: str) -> str:
@@ -401,11 +420,17 @@ class TablesConfig:
     other: str = flag("", "with --compare: the other row", positional=True)
     compare: str = flag("", "results file whose two rows to compare")
 
+    def __post_init__(self) -> None:
+        if self.compare and not self.other:
+            raise ValueError(f"compare must be given two rows, got {self.folder or 'none'}")
+        if self.other and not self.compare:
+            raise ValueError("other must be given with compare, got no compare")
+
 
 def main(argv: list[str] | None = None) -> None:
     cfg, _ = parse(TablesConfig, argv, __doc__)
     if cfg.compare:
-        rows = json.loads(Path(cfg.compare).read_text())
+        rows = read_rows(Path(cfg.compare))
         print(compare(rows, cfg.folder, cfg.other))
     elif cfg.folder:
         folder = Path(cfg.folder)

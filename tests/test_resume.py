@@ -63,6 +63,19 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(whole):
     assert train.settings(*again).device == "cpu"  # what it began with, where nothing else is asked for
 
 
+def test_a_run_on_clips_is_resumed_by_the_command_that_began_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--data", "clips", "--out", "run"]
+    began = train.settings(*models.parse(train.TrainConfig, argv, ""))
+    assert began.data == str(tmp_path.resolve() / "clips")
+    (tmp_path / "run").mkdir()
+    models.write_json(tmp_path / "run" / "train.json", vars(began))
+    again = train.settings(*models.parse(train.TrainConfig, [*argv, "--resume"], ""))
+    assert again.data == began.data
+    with pytest.raises(ValueError, match=r"data must be .*clips to resume run, got .*others"):
+        train.settings(*models.parse(train.TrainConfig, ["--data", "others", "--out", "run", "--resume"], ""))
+
+
 @pytest.mark.parametrize(("router", "names"), [
     ("learned", ["0", "3"]), ("shared", ["shared"]), ("random", []), ("uniform", [])])
 def test_a_loaded_model_is_the_saved_one_and_all_its_parameters_are_trained_once(tmp_path, router, names):

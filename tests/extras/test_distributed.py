@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,13 +48,15 @@ def test_two_processes_have_the_losses_and_the_weights_of_one_on_the_same_batche
     torch.testing.assert_close(weights, alone[2], rtol=0.02, atol=0.002)  # Muon rounds to bfloat16
 
 
-def test_a_batch_must_be_shared_out_evenly(monkeypatch):
+def test_flags_that_do_not_go_together_are_refused_in_a_sentence(monkeypatch):
     monkeypatch.setattr(distributed, "RANKS", 3)
     with pytest.raises(ValueError, match="batch must be a multiple of the 3 processes, got 16"):
         distributed.DistributedFlags()
     monkeypatch.setattr(distributed, "RANKS", 1)
     with pytest.raises(ValueError, match="compile must be left out with shard, got both"):
         distributed.DistributedFlags(shard=True, compile=True)
+    with pytest.raises(ValueError, match=r"merge must be left out here: python -m extras\.pretrained"):
+        distributed.DistributedFlags(merge="out/run")
 
 
 def test_a_process_without_a_clip_is_refused_in_a_sentence(monkeypatch, tmp_path):
@@ -100,3 +103,9 @@ def test_one_process_needs_no_torchrun_and_is_the_same(alone, tmp_path):
     losses, norms, weights, _ = outcome(tmp_path / "run")
     assert (losses, norms) == alone[:2] and all(torch.equal(t, alone[2][name]) for name, t in weights.items())
     assert train.make_optimizers.__module__ == "train"  # it is as it was
+
+
+def test_flags_of_pretrained_count_without_a_folder_too():
+    cfg = distributed.DistributedFlags(pool=2)
+    assert distributed.start(cfg, {"pool"})[1].config.pool == 2
+    assert distributed.start(replace(cfg, pool=0), set())[1].config.pool == 6

@@ -9,9 +9,9 @@ import pytest
 import torch
 from strategies import make_video, needs_ffmpeg
 
-import data
 import train
 from extras import page
+from extras.worlds import Scene
 
 HEAD = "const stream = "
 
@@ -40,17 +40,17 @@ def test_a_page_holds_every_frame_and_every_choice_and_whatever_was_said_stays_t
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page") / "run"
-    train.main(["--preset", "coarse", "--steps", "1", "--streams", "1", "--device", "cpu", "--out", str(folder)])
+    train.main(["--task", "scene", "--steps", "1", "--streams", "1", "--device", "cpu", "--out", str(folder)])
     return folder
 
 
 def test_without_a_video_the_page_is_of_a_held_out_stream(run, tmp_path, capsys):
     page.main([str(run), "--out", str(tmp_path / "page.html"), "--device", "cpu"])
     stream = stream_of((tmp_path / "page.html").read_text())
-    assert len(stream["frames"]) == data.World.frames == len(stream["said"])
-    assert stream["kept"].keys() == {"1", "3"} and stream["title"] == data.QUERY
+    assert len(stream["frames"]) == Scene.frames == len(stream["said"])
+    assert stream["kept"].keys() == {"1", "3"} and stream["title"].startswith("Name the colours")
     assert all(row.count("1") == 2 and len(row) == 10 for rows in stream["kept"].values() for row in rows)
-    assert f"a page of all {data.World.frames} frames" in capsys.readouterr().out
+    assert f"a page of all {Scene.frames} frames" in capsys.readouterr().out
 
 
 @needs_ffmpeg

@@ -5,6 +5,7 @@ import shutil
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import eval as evaluation
 import model as models
 import train
 from data import Clips, Turn
-from extras import pretrained
+from extras import distributed, pretrained
 from extras.cost import SIZES
 from extras.encoders import SiglipVision
 from extras.huggingface import PretrainedTokenizer
@@ -151,6 +152,7 @@ def test_a_pretrained_pair_is_trained_saved_converted_and_watches_a_video(tmp_pa
     gamma = ["--router", "shared", "--masked", "question", "--routing_loss", "0.01", "--keep", "0.5"]
     pretrained.main([*few, *pair, "--plan", "dense", "--out", "out/dense"])
     pretrained.main([*few, *pair, "--gate", "unit", "--out", "out/mod"])
+    pretrained.main([*few, *pair, "--gate", "unit", "--out", "out/mod", "--resume"])
     with monkeypatch.context() as patch:
         patch.setattr(SiglipVision, "forward", None)  # the clip has been encoded already
         pretrained.main([*few, *pair, "--plan", "arank", *gamma, "--out", "out/gamma"])
@@ -276,3 +278,49 @@ def test_the_sizes_of_the_papers_are_those_of_their_models():
                    if not n.startswith(("vision", "multi")) and "lora_" not in n)
         assert size / 1e9 == pytest.approx(billions, abs=0.01)
     assert SIZES["llama3-8b"].tokens_per_frame == 10
+
+
+@pytest.mark.parametrize(("flags", "complaint"), [
+    (["--lora_rank", "3"], "lora_rank must be 2 to resume RUN, got 3"),
+    (["--llm", "elsewhere"], "llm must be .*smollm2 to resume RUN, got .*elsewhere"),
+    (["--vision", "elsewhere"], "vision must be left out to resume RUN, got .*elsewhere"),
+    (["--preset", "tiny"], "preset must be coarse to resume RUN, got tiny"),
+])
+def test_a_run_is_resumed_by_its_own_command_and_by_no_other(adapted_run, flags, complaint):
+    with pytest.raises(ValueError, match=complaint.replace("RUN", str(adapted_run.folder))):
+        pretrained.main(["--out", str(adapted_run.folder), "--resume", *flags])
+    argv = [*adapted_run.argv, "--resume", "--gradient_checkpointing"]
+    settings, net = pretrained.prepare_run(*models.parse(PretrainedFlags, argv, ""))
+    assert settings.resume and settings.adam_lr == 0.0002 and net.config.lora_rank == 2
+    assert net.gradient_checkpointing and not net.config.gradient_checkpointing
+
+
+class AdaptedRun(NamedTuple):
+    folder: Path
+    argv: list[str]
+
+
+@pytest.fixture(scope="module")
+def adapted_run(tmp_path_factory):
+    pytest.importorskip("tokenizers", reason="reads tokenizer.json")
+    folder = tmp_path_factory.mktemp("adapted") / "run"
+    argv = ["--llm", str(LLM), "--lora_rank", "2", "--preset", "coarse", "--steps", "1", "--batch", "1",
+            "--streams", "1", "--device", "cpu", "--out", str(folder)]
+    pretrained.main(argv)
+    return AdaptedRun(folder, argv)
+
+
+@pytest.mark.parametrize(("flags", "name"), [
+    (["--lora_rank", "4"], "lora_rank"), (["--lora_alpha", "2", "--preset", "coarse"], "lora_alpha"),
+    (["--train_vision"], "train_vision"), (["--llm", str(LLM), "--train_vision"], "train_vision"),
+])
+def test_a_flag_of_folders_that_are_not_given_is_refused(flags, name):
+    for main in (pretrained.main, distributed.main):
+        with pytest.raises(ValueError, match=f"{name} must be left out where it changes nothing, got"):
+            main(flags)
+
+
+def test_a_run_without_folders_is_named_after_its_preset():
+    cfg = PretrainedFlags(preset="coarse", pool=2)
+    settings, net = pretrained.prepare_run(cfg, {"preset", "pool"})
+    assert settings.out == "out/coarse-narration-interleaved-0.2-seed0" and net.config.pool == 2

@@ -12,11 +12,12 @@ from typing import ClassVar
 import pytest
 
 import train
-from extras import sweep, tables
+from extras import pretrained, sweep, tables
 from mod import PLACEMENTS
 from model import parse
 
 ROOT = Path(__file__).parents[2]
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 class Child:
@@ -139,6 +140,36 @@ def test_each_row_of_a_sweep_is_a_run_that_train_takes():
         for _, *flags in rows:
             cfg, _ = parse(train.TrainConfig, ["--task", name, *flags], "")
             assert cfg.plan in {"arank", *PLACEMENTS}
+
+
+def test_0_steps_or_streams_stand_for_those_of_the_task(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    began = []
+    monkeypatch.setattr(sweep.Sweep, "train", lambda self, seeds: began.append(self.flags))
+    monkeypatch.setattr(sweep, "collect", lambda folder: [])
+    Path("out").mkdir()
+    sweep.main(["scene", "--steps", "0", "--streams", "0"])
+    sweep.main(["scene", "--streams", "8"])
+    assert began == [{}, {"streams": "8"}]
+
+
+@pytest.mark.parametrize(
+    ("flags", "share"),
+    [  # as the project counted when training had these flags itself
+        (["--llm", "smollm2", "--vision", "siglip"], 0.8774),  # adapters, and a frozen encoder
+        (["--llm", "smollm2", "--vision", "siglip", "--train_vision"], 0.8798),
+        (["--llm", "smollm2", "--lora_rank", "0"], 0.9434),
+        (["--vision", "siglip"], 0.9099),
+    ],
+)
+def test_the_share_of_a_step_knows_what_adapts_and_what_is_frozen(flags, share, tmp_path):
+    pytest.importorskip("tokenizers", reason="reads tokenizer.json")
+    folders = {"smollm2", "siglip"}
+    argv = [str(FIXTURES / flag) if flag in folders else flag for flag in flags]
+    argv += ["--batch", "2", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    settings, model = pretrained.prepare_run(*parse(pretrained.PretrainedFlags, argv, ""))
+    batch = sweep.first_batch(tmp_path / "run", model, settings)
+    assert sweep.step_share(model, batch) == share
 
 
 def test_a_folder_without_runs_or_with_a_broken_one_is_refused_in_a_sentence(here, tmp_path):

@@ -91,6 +91,34 @@ def test_two_rows_are_compared_seed_by_seed_in_a_sentence(tmp_path, capsys):
         tables.compare([ROWS[0] | {"run": "a"}, ROWS[1] | {"run": "b", "seed": 0}], "b", "a")
 
 
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--compare", "x.json", "a", "b"], "x.json must hold the rows of a sweep, got dict"),
+        (["--compare", "x.md", "a", "b"], "x.md must be JSON: "),
+        (["--compare", "absent.json", "a", "b"], "absent.json must be JSON: .*No such file"),
+        (["--compare", "x.json", "a"], "compare must be given two rows, got a"),
+        (["--compare", "x.json"], "compare must be given two rows, got none"),
+        (["out", "b"], "other must be given with compare, got no compare"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_a_sentence(argv, complaint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.json").write_text('{"checks": {}}')
+    Path("x.md").write_text("# no JSON")
+    with pytest.raises(ValueError, match=complaint):
+        tables.main(argv)
+
+
+def test_scores_of_a_benchmark_stand_before_costs():
+    keys = ("accuracy", "step_flops", "relaxed", "flops_of_dense", "skipped", "top1_exact")
+    row = {"run": "a", "seed": 0, "free_running": dict.fromkeys(keys, 0.5)}
+    assert tables.table([row]).splitlines()[0] == (
+        "| run | answers right | top-1 | relaxed accuracy | tokens skipped | FLOPs of dense "
+        "| of a dense step |"
+    )
+
+
 def test_only_what_stands_between_markers_is_renewed(tmp_path):
     rows = [{"run": "dense", "seed": 0, "free_running": {"accuracy": 0.5, "skipped": 0.0}}]
     (tmp_path / "x.json").write_text(json.dumps(rows))
