@@ -111,7 +111,7 @@ class Sample(NamedTuple):
 
     frames: ndarray  # (F, S, S, 3) uint8 RGB, or (F, P, W) float32 features of an encoder
     turns: list[Turn]
-    seed: int  # names the stream, for a random router; of a held-out clip, its place among those
+    seed: int  # names the stream, for a random router; for a held-out clip, its index
 
 
 class Batch(NamedTuple):
@@ -161,7 +161,8 @@ def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tok
 
     masked: the roles whose text never skips;  begins: False for a later chunk of a stream
     Other text joins the group of the frame it comes before, or of the last frame. `<frame>` and
-    replies to a frame never skip: in the frame's group they would reveal that a reply follows.
+    replies to a frame never skip. In the frame's group, a reply would change which vision tokens
+    are kept, and so leak into the decision before it.
     """
     row = Row([], [], [])
     if begins:
@@ -173,7 +174,7 @@ def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tok
         decision = tokenizer.assistant if replies else tokenizer.silent
         row.add([VISION] * tokens_per_frame, frame)
         row.add([tokenizer.frame], -1, [decision])
-        for turn in replies[:1]:
+        for turn in replies[:1]:  # one reply a frame
             row.add_turn(turn, -1, masked, tokenizer)
     for turn in turns:
         if turn.frame == frames:  # after the last frame, answered without a decision

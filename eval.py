@@ -283,7 +283,7 @@ class Watcher:
         """Append a chunk to each stream -> (B, vocabulary) logits after its last token
 
         rows: empty where a stream waits;  frames: (B, F, ...)
-        late: what may skip was decoded after its group's selection was over
+        late: this is decoded text. Each of its tokens skips or not by its own score
         """
         model, B = self.model, len(rows)
         device = model.norm.weight.device

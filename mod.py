@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The position of a row that holds no token: later than every query, so nobody attends to it.
+# The position of a row that holds no token: later than every real query, so none attends to it.
 PADDING = 2**62
 
 # --- the definition -------------------------------------------------------------------------------
@@ -42,22 +42,24 @@ def routed_layer(
 ) -> tuple[Tensor, list[int]]:
     """One routed layer over one stream, as a plain loop. `routed_update` is the same, batched.
 
+    At r = 1 the model calls the block directly. Tokens that are decoded late: see `select`.
+
     block: (rows (K, D), their K positions) -> (K, D), causal over the rows that it is given
     x: (T, D) hidden states;  score: T numbers;  group: T ids, -1 for none
     -> y: (T, D), and the positions of the tokens that were computed
     """
-    weight = {t: 1.0 for t in range(len(x)) if group[t] == -1}  # always computed, never weighed
+    weight = {t: 1.0 for t in range(len(x)) if group[t] == -1}  # always computed, weight 1
     for g in set(group) - {-1}:
         members = [t for t in range(len(x)) if group[t] == g]
         best_first = sorted(members, key=lambda t: -score[t])  # of equals the earlier comes first
         for t in best_first[: capacity(len(members), keep_ratio)]:
-            weight[t] = gate(score[t]) if keep_ratio < 1 else 1.0  # nothing chosen, nothing weighed
+            weight[t] = gate(score[t]) if keep_ratio < 1 else 1.0  # at r = 1 no gate
     kept = sorted(weight)
     computed = block(x[kept], kept)  # skipped tokens are no queries, keys or values
     y = x.clone()
     for row, t in enumerate(kept):
         y[t] = x[t] + weight[t] * (computed[row] - x[t])
-    return y, kept  # a skipped token kept every bit
+    return y, kept  # skipped tokens leave the layer bit-identical
 
 
 # --- how many -------------------------------------------------------------------------------------
@@ -67,8 +69,9 @@ def capacity(n: int, keep_ratio: float) -> int:
     """k, how many of a group's n tokens a layer computes: r * n, rounded.    Eq. 2 of VideoLLM-MoD
 
     n: tokens of the group, >= 0;  keep_ratio: r in [0, 1], taken as the decimal it is written as
-    -> k: 0 for r = 0, n for r = 1, else from 1 to n. Halves round up. Nothing else here rounds.
-    Note: the paper cuts at a percentile, which keeps no token where scores tie. A count cannot.
+    -> k: 0 for r = 0, n for r = 1, else from 1 to n. Halves round up.
+    Note: the paper cuts at a percentile, which keeps no token where scores tie. A count always
+    keeps k.
     """
     check_keep_ratio(keep_ratio)
     k = math.floor(Fraction(str(keep_ratio)) * n + Fraction(1, 2))  # as floats, 0.07 * 100 > 7
@@ -94,16 +97,17 @@ MASKED: dict[str, tuple[str, ...]] = {  # roles whose text belongs to no group, 
 class Groups:
     """Who competes with whom, and how many win: all of routing that is known before any score.
 
-    It is planned on the host, so every shape in the model is a host number and no layer waits.
+    It is computed on the CPU before the forward pass: so all shapes are Python ints, and no layer
+    waits for the GPU.
     """
 
     id: Tensor  # (B, T) int64, group of each token, -1: none
     real: Tensor  # (B, T) bool, False: padding
     size: Tensor  # (B, T) int64, n, tokens in the token's group
-    index: Tensor  # (B, T) int64, place of the token in its group, 0 ... n - 1
-    before: Tensor  # (B, T) int64, tokens of the stream whose group id is smaller
-    quota: dict[float, Tensor]  # r -> (B, T) int64, k of the group; T for text, 0 for padding
-    width: dict[float, int]  # r -> K, the most tokens that any of the streams computes
+    place: Tensor  # (B, T) int64, place of the token in its group, 0 ... n - 1
+    before: Tensor  # (B, T) int64, where the group starts when tokens are sorted by group
+    quota: dict[float, Tensor]  # r -> (B, T) int64, k of the group, T for text, 0 for padding
+    rows: dict[float, int]  # r -> K, the most tokens that any of the streams computes
     late: Tensor  # (B, T) bool, decoded after its group's selection was over: see select
 
     @classmethod
@@ -127,14 +131,14 @@ class Groups:
         count.scatter_add_(1, column, torch.ones_like(column))  # (B, ids) tokens of each group
         size = count.gather(1, column)  # (B, T)
         before = (count.cumsum(1) - count).gather(1, column)
-        index = inverse(column.argsort(dim=1, stable=True)) - before
+        place = inverse(column.argsort(dim=1, stable=True)) - before
         n = size.where(id >= 0, 0)
-        quota, width = {}, {}
+        quota, rows = {}, {}
         for r in set(keep):
             k = torch.tensor([capacity(i, r) for i in range(int(n.max()) + 1)])
             quota[r] = torch.where(id >= 0, k[n], T * real)
-            width[r] = int((index < quota[r]).sum(1).max())
-        return cls(id, real, size, index, before, quota, width, late)
+            rows[r] = int((place < quota[r]).sum(1).max())
+        return cls(id, real, size, place, before, quota, rows, late)
 
     def to(self, device: torch.device) -> "Groups":
         tensors = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
@@ -183,20 +187,21 @@ def uniform_score(groups: Groups, keep_ratio: float) -> Tensor:
 
     -> (B, T) int64, <= 0. Token i is among the k best if i * k mod n < k, true of exactly k of n.
     """
-    return -(groups.index * groups.quota[keep_ratio] % groups.size)
+    return -(groups.place * groups.quota[keep_ratio] % groups.size)
 
 
 def select(score: Tensor, groups: Groups, keep_ratio: float) -> Tensor:
     """What a layer computes: the k best of each group, and all text.    Eq. 2 of VideoLLM-MoD
 
     score: (B, T), compared only within a group -> keep: (B, T) bool; of equals the earlier wins
-    Note: a choice over the whole sequence, not per group, would let a token see the future.
+    Note: a group must arrive in one chunk. A choice among tokens that arrive later would use the
+    future; gamma-MoD does so inside its prompt, which is there before the answer.
     """
-    # token            0   1   2   3   4   5   6   7
+    # place            0   1   2   3   4   5   6   7
     # group           -1   0   0   0  -1   1   1   1
     # score            0   3   9   5   0   2   2   8
     # order            0   4 | 2   3   1 | 7   5   6      group by group, the best first
-    # place in order   0   4   2   3   1   6   7   5
+    # token's place    0   4   2   3   1   6   7   5      in that order
     # groups.before    0   2   2   2   0   5   5   5
     # rank             0   2   0   1   1   1   2   0      place - before
     # quota, r = 0.4   8   1   1   1   8   1   1   1
@@ -206,7 +211,7 @@ def select(score: Tensor, groups: Groups, keep_ratio: float) -> Tensor:
     order = best_first.gather(1, by_group)
     rank = inverse(order) - groups.before
     best = rank < groups.quota[keep_ratio]
-    # A late token competes with nobody: computed if sigmoid(score) >= 0.5, as gamma-MoD decodes.
+    # A late token is fed alone, in a group of one. gamma-MoD computes it if sigmoid(score) >= 0.5.
     return best & ((score >= 0) | ~groups.late)
 
 
@@ -247,10 +252,11 @@ def routed_update(
     position: (B, T) int64 and rope: (B, T, ...) go along with the kept tokens, unchanged
     -> y: (B, T, D), skipped rows bit-identical to x;  keep: (B, T) bool
     Note: rows are gathered by index and in order, so attention over them is plain causal attention.
-    A stream that keeps fewer than K tokens is filled up with rows that nobody sees; they are lost.
+    A stream that keeps fewer than K tokens is filled up to K with filler rows. No real query
+    attends to them, and their result is thrown away.
     """
     keep = select(score, groups, keep_ratio)
-    K = groups.width[keep_ratio]
+    K = groups.rows[keep_ratio]
     if K == 0:  # a chunk of a stream can hold nothing that this layer computes
         return x, keep
     index = (~keep).int().argsort(dim=1, stable=True)[:, :K]  # (B, K) the kept ones, then filler
@@ -260,7 +266,7 @@ def routed_update(
     out = block(rows, at, gather_rows(rope, index), cache)
     in_group = groups.id.gather(1, index) >= 0
     weight = gate(score.gather(1, index)).to(out.dtype).where(in_group, 1)
-    new = torch.lerp(rows, out, weight[..., None])  # weighs the whole update, never the residual
+    new = torch.lerp(rows, out, weight[..., None])  # the residual has no weight
     new = new.where(kept[..., None], rows)
     return x.scatter(1, index[..., None].expand_as(new), new), keep
 
@@ -275,7 +281,7 @@ def gather_rows(t: Tensor, index: Tensor) -> Tensor:
 def routing_loss(score: Tensor, keep: Tensor, groups: Groups) -> Tensor:
     """Cross-entropy of sigmoid(score) towards what was selected.    Routing loss of gamma-MoD
 
-    score: (B, T), keep: (B, T) bool, of one layer -> the mean over all tokens of groups
+    score: (B, T), keep: (B, T) bool, of one layer -> the mean over all tokens that have a group
     """
     target = keep.to(score.dtype)
     member = (groups.id >= 0).to(score.dtype)

@@ -275,24 +275,26 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, K, _ = x.shape
         q, k, v = self.heads(x, rope)
-        seen = position
+        key_position = position
         if cache is not None:
-            k, v, seen = cache.append(k, v, position)  # (B, G, L, d) twice, (B, L)
+            k, v, key_position = cache.append(k, v, position)  # (B, G, L, d) twice, (B, L)
         if k.shape[2] == K:  # there is no past: the rows are all there is, and in order
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            out = attend_to_past(q, k, v, position, seen)
+            out = attend_to_past(q, k, v, position, key_position)
         return self.o_proj(out.transpose(1, 2).reshape(B, K, -1))
 
 
-def attend_to_past(q: Tensor, k: Tensor, v: Tensor, position: Tensor, seen: Tensor) -> Tensor:
+def attend_to_past(
+    q: Tensor, k: Tensor, v: Tensor, position: Tensor, key_position: Tensor
+) -> Tensor:
     """A query sees every key that is not later than itself.
 
-    q: (B, H, K, d), at position (B, K);  k, v: (B, G, L, d), at seen (B, L) -> (B, H, K, d)
+    q: (B, H, K, d), at position (B, K);  k, v: (B, G, L, d), at key_position (B, L) -> (B, H, K, d)
     """
     B, H, K, d = q.shape
     G = k.shape[1]
-    mask = seen[:, None, None, :] <= position[:, None, :, None]  # (B, 1, K, L)
+    mask = key_position[:, None, None, :] <= position[:, None, :, None]  # (B, 1, K, L)
     # Fold the query heads that share a key head into the query axis: keys need no repeating.
     q = q.reshape(B, G, H // G * K, d)
     mask = mask.repeat(1, 1, H // G, 1)
@@ -347,7 +349,7 @@ class Inputs(NamedTuple):
 def prepare(
     batch: NamedTuple, config: Config, device: torch.device, late: Tensor | None = None
 ) -> Inputs:
-    """The one way of a batch into the model: groups are planned on the host, then all of it moves.
+    """Every batch enters the model through here: groups are planned on the CPU, then all moves.
 
     batch: a data.Batch;  late: (B, T) bool, see mod.Groups
     """
@@ -362,7 +364,7 @@ def prepare(
 class Output(NamedTuple):
     hidden: Tensor  # (B, T, D) after the last layer, before the final norm
     keep: dict[int, Tensor]  # routed layer -> (B, T) bool, the tokens it computed
-    score: dict[int, Tensor]  # layer with a router -> (B, T) what it said of them
+    score: dict[int, Tensor]  # layer with a router -> (B, T) its scores
 
 
 class VideoLM(nn.Module):
@@ -436,7 +438,10 @@ class VideoLM(nn.Module):
         seed: Tensor,
         cache: "Cache | None" = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """One layer -> x (B, T, D), keep and score (B, T), None where there is no such thing"""
+        """One layer -> x: (B, T, D), keep and score: (B, T)
+
+        keep is None in a dense layer, score is None without a learned router.
+        """
         r, block = self.config.keep[layer], self.layers[layer]
         held = cache.layers[layer] if cache else None
         if r == 1:
@@ -551,7 +556,7 @@ def draw_weight(name: str, p: Tensor, gate: str, generator: torch.Generator) -> 
         table = "embed_tokens" in name or "position_embedding" in name
         std = 0.5 if table else p[0].numel() ** -0.5
         p.normal_(0, std * (0.3 if writes_residual else 1), generator=generator)
-    elif name.startswith("routers"):
+    elif name.startswith("routers"):  # a bias too, if a router has one
         small = 0.1 if gate == "unit" else 1.0  # then weights begin near 1
         p.normal_(0, small * p.numel() ** -0.5, generator=generator)
     elif "class_embedding" in name:
@@ -566,7 +571,7 @@ def draw_weight(name: str, p: Tensor, gate: str, generator: torch.Generator) -> 
 class LayerCache:
     """Keys, values and positions of the tokens that one layer computed, for B streams.
 
-    A row with position PADDING fills up a stream beside a longer one; no query sees it.
+    A row with position PADDING fills up a stream beside a longer one; no real query attends to it.
     """
 
     def __init__(self, kv: Tensor, position: Tensor) -> None:
@@ -586,7 +591,7 @@ class LayerCache:
     def reserve(self, rows: int) -> None:
         """Grow by an eighth at least: spare rows cost memory, and growing costs a copy."""
         room = self.position.shape[1]
-        if rows >= room:  # one row to spare: compiled, a layer that is just full is another graph
+        if rows >= room:  # one spare row: torch.compile would build a second graph for a full one
             more = max(rows + 1, room + room // 8 + 64) - room
             self.kv = F.pad(self.kv, (0, 0, 0, more))
             self.position = F.pad(self.position, (0, more), value=PADDING)
@@ -605,9 +610,9 @@ class LayerCache:
 class Cache:
     """What B streams have seen. Each layer holds only the tokens that it computed.
 
-    Each stream has one counter for its positions, never the length of a layer, and positions stay
-    with their tokens. So one rule serves dense, routed and evicted layers: a query sees what is not
-    later. Within a stream, group ids must grow from chunk to chunk.
+    A token's position is its place in the stream, not its row in a layer. So dense, routed and
+    evicted layers share one rule: a query sees the keys at its own position or earlier. Within a
+    stream, group ids must grow from chunk to chunk.
     """
 
     def __init__(self, model: VideoLM, streams: int = 1) -> None:
@@ -630,7 +635,7 @@ class Cache:
         self.seen = start + groups.real.sum(1, keepdim=True)
         B, T = groups.id.shape
         for layer, r in zip(self.layers, self.keep, strict=True):
-            layer.reserve(layer.length + (T if r == 1 else groups.width[r]))
+            layer.reserve(layer.length + (T if r == 1 else groups.rows[r]))
         return start
 
 
@@ -641,8 +646,9 @@ class Window(Cache):
         super().__init__(model, streams)
         if frames < 1:
             raise ValueError(f"window must be at least 1 frame, got {frames}")
-        self.first_text = torch.full_like(self.seen, PADDING)  # its length, once there is a frame
-        self.starts = self.seen.expand(streams, frames)  # where each of the last frames begins
+        # Tokens before the first frame, and where each of the last frames begins, at first 0
+        self.first_text = torch.full_like(self.seen, PADDING)
+        self.starts = self.seen.expand(streams, frames)
 
     def advance(self, groups: Groups) -> Tensor:
         in_frame = groups.id >= 0

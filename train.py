@@ -223,7 +223,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def batch_loss(model: VideoLM, x: Inputs, sigma: float, routing_weight: float) -> Tensor:
-    """(2,) the streaming loss, and the routing loss, weighed; in bfloat16 on a GPU."""
+    """(2,) the streaming loss, and the routing loss, weighted; in bfloat16 on a GPU."""
     weight = model.lm_head.weight
     fast = weight.is_cuda and weight.dtype == torch.float32
     with torch.autocast(weight.device.type, torch.bfloat16, enabled=fast):
@@ -259,8 +259,8 @@ def learn(cfg: TrainConfig, model: VideoLM, source: Source, total: Callable = un
         for optimizer in optimizers:
             peak = optimizer.defaults["lr"]
             optimizer.param_groups[0]["lr"] = peak * learning_rate(step, cfg.steps)
-        # loss: means over the batch of this process, weighed by its share of the whole
-        torch.manual_seed((cfg.seed << 32) + (step << 8))  # of dropout
+        # loss: means over the batch of this process, times its share of the whole
+        torch.manual_seed((cfg.seed << 32) + (step << 8))  # seeds dropout
         share, tokens = share_of(batch, total)
         loss = share.to(device) * compute_loss(model, inputs, cfg.sigma, cfg.routing_loss)
         # backward
@@ -283,7 +283,7 @@ def learn(cfg: TrainConfig, model: VideoLM, source: Source, total: Callable = un
 
 
 def share_of(batch: data.Batch, total: Callable) -> tuple[Tensor, int]:
-    """(2,) the share of all labels and of all group members that is here; the tokens of all"""
+    """(2,) the share of all labels and group members that this process has; the tokens of all"""
     here = [(batch.labels >= 0).sum(), (batch.group >= 0).sum(), batch.real.sum()]
     counts = torch.stack(here).double()
     totals = total(counts.clone())

@@ -143,8 +143,8 @@ def step_flops(
     Causal attention is half of all pairs. Muon: five times three products per matrix.
     """
     B, T = batch.tokens.shape
-    width = Groups.plan(batch.group, config.keep, batch.real).width
-    tokens = [T if r == 1 else width[r] for r in config.keep]
+    rows = Groups.plan(batch.group, config.keep, batch.real).rows
+    tokens = [T if r == 1 else rows[r] for r in config.keep]
     labels = int((batch.labels >= 0).sum())
     macs = flops(config, tokens, batch.frames.shape[1], labels / B, lora_rank)
     macs["attention"] /= 2

@@ -340,7 +340,7 @@ class PretrainedFlags(TrainConfig):
     train_vision: bool = flag(False, "let the encoder learn too")
     pool: int = flag(0, "a frame is CLS and a pool x pool grid (0: 3 with --vision)")
     lora_rank: int = flag(128, "rank of the adapters, 0: the decoder itself learns")
-    lora_alpha: float = flag(256.0, "the adapters' update is weighed by alpha / rank")
+    lora_alpha: float = flag(256.0, "the adapters' update is scaled by alpha / rank")
     lora_dropout: float = flag(0.05, "dropout before the adapters")
     gradient_checkpointing: bool = flag(False, "less memory, more time")
     merge: str = flag("", "run folder whose adapters to merge into --out instead")
