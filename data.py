@@ -100,7 +100,7 @@ def tokenizer_for(config: object) -> Tokenizer:
 class Turn(NamedTuple):
     """What one speaker says at one place of the stream."""
 
-    frame: int  # a question comes before this frame, a reply after it; F: after the last frame
+    frame: int  # a question comes before this frame, a reply after it; or the number of frames
     role: str  # system, user or assistant
     text: str
     said: tuple[int, ...] = ()  # the ids of a model's own reply, used instead of the text
@@ -140,7 +140,9 @@ class Row(NamedTuple):
 
     def add_turn(self, turn: Turn, group: int, masked: Collection[str],
                  tokenizer: Tokenizer) -> None:
-        """`<user> text <end>` or `<assistant> text <end>`, in this group unless its role is masked
+        """`<user> text <end>`, `<assistant> text <end>`, of the system `text <end>`.
+
+        In this group, unless its role is masked.
 
         `<assistant>` ends the question before it, so it is masked where questions are.
         """
@@ -160,16 +162,16 @@ def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tok
     """The sequence of a stream -> tokens, group and labels, T ints each.
 
     masked: the roles whose text never skips;  begins: False for a later chunk of a stream
-    Other text joins the group of the frame it comes before, or of the last frame. `<frame>` and
-    replies to a frame never skip. In the frame's group, a reply would change which vision tokens
-    are kept, and so leak into the decision before it.
+    Other text joins the group of the frame it comes before, or of the last frame; where there is no
+    frame it has none. `<frame>` and replies to a frame never skip. If a reply were in the group of
+    its frame, it would change which vision tokens are kept, and so leak into the decision before.
     """
     row = Row([], [], [])
     if begins:
         row.add(tokenizer.opening, -1)
     for frame in range(frames):
-        questions, replies = turns_at(turns, frame)
-        for turn in questions:
+        before, replies = turns_at(turns, frame)
+        for turn in before:
             row.add_turn(turn, frame, masked, tokenizer)
         decision = tokenizer.assistant if replies else tokenizer.silent
         row.add([VISION] * tokens_per_frame, frame)

@@ -672,16 +672,15 @@ def print_shares(result: dict) -> None:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class WatchConfig:
+    """Which run watches what, and how"""
+
     run: str = flag("", "run folder (default: the newest in out/)", positional=True)
-    watch: str = flag("", "video to narrate live instead")
-    arank: bool = flag(False, "rank the layers of a dense run instead (gamma-MoD)")
-    streams: int = flag(64, "held-out streams to evaluate on")
-    threshold: float = flag(0.0, "speak where silence is less likely than this")
+    watch: str = flag("", "video to watch (default: held-out streams of the run's task)")
     query: str = flag("", "of --watch: what to ask first (default: what the task asks)")
     window: int = flag(0, "of --watch: frames to remember, 0: all")
     partial: bool = flag(False, "of --watch: use what can be decoded of a damaged video")
-    compile: bool = flag(False, "compile the model")
+    threshold: float = flag(0.0, "speak where silence is less likely than this")
     device: str = flag("", "cpu or cuda (default: cuda where there is one)")
 
     may_be_zero: ClassVar[tuple[str, ...]] = ("window", "threshold")
@@ -690,6 +689,16 @@ class EvalConfig:
         check_fields(self)
         if self.threshold > 1:
             raise ValueError(f"threshold must be at most 1, got {self.threshold}")
+
+
+@dataclass(frozen=True)
+class EvalConfig(WatchConfig):
+    arank: bool = flag(False, "rank the layers of a dense run instead (gamma-MoD)")
+    streams: int = flag(64, "held-out streams to evaluate on")
+    compile: bool = flag(False, "compile the model")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.watch and self.arank:
             raise ValueError("watch must be given alone, got arank too")
 

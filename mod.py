@@ -13,7 +13,8 @@ unchanged. Tokens without a group are always computed. Two papers are two choice
     keep ratio     r         share of a group that a layer computes
     score          mu        what the router (the paper's LayerExpert) says of each token
     gate           g         turns the score into the weight of the update
-    keep                     (B, T) bool: does this layer compute this token?
+    keep                     (B, T) bool: does this layer compute this token?  In a model's config
+                             and in --keep: keep ratios
     rows, K        X-hat     the kept tokens in order, (B, K, D)
 """
 
@@ -42,7 +43,8 @@ def routed_layer(
 ) -> tuple[Tensor, list[int]]:
     """One routed layer over one stream, as a plain loop. `routed_update` is the same, batched.
 
-    At r = 1 the model calls the block directly. Tokens that are decoded late: see `select`.
+    It is for r < 1: at 1 the model calls the block directly. One more rule, for late tokens, is in
+    `select`.
 
     block: (rows (K, D), their K positions) -> (K, D), causal over the rows that it is given
     x: (T, D) hidden states;  score: T numbers;  group: T ids, -1 for none
@@ -69,7 +71,7 @@ def capacity(n: int, keep_ratio: float) -> int:
     """k, how many of a group's n tokens a layer computes: r * n, rounded.    Eq. 2 of VideoLLM-MoD
 
     n: tokens of the group, >= 0;  keep_ratio: r in [0, 1], taken as the decimal it is written as
-    -> k: 0 for r = 0, n for r = 1, else from 1 to n. Halves round up.
+    -> k: 0 for r = 0, n for r = 1, else from 1 to n (of 0 tokens 0). Halves round up.
     Note: the paper cuts at a percentile, which keeps no token where scores tie. A count always
     keeps k.
     """
@@ -101,14 +103,14 @@ class Groups:
     waits for the GPU.
     """
 
-    id: Tensor  # (B, T) int64, group of each token, -1: none
+    id: Tensor  # (B, T) int64, group of each token, -1: none (below, these count as one group)
     real: Tensor  # (B, T) bool, False: padding
     size: Tensor  # (B, T) int64, n, tokens in the token's group
     place: Tensor  # (B, T) int64, place of the token in its group, 0 ... n - 1
     before: Tensor  # (B, T) int64, where the group starts when tokens are sorted by group
-    quota: dict[float, Tensor]  # r -> (B, T) int64, k of the group, T for text, 0 for padding
-    rows: dict[float, int]  # r -> K, the most tokens that any of the streams computes
-    late: Tensor  # (B, T) bool, decoded after its group's selection was over: see select
+    quota: dict[float, Tensor]  # r -> (B, T) int64, k of the group; id -1: T, padding: 0
+    max_kept: dict[float, int]  # r -> K, the most tokens that any of the streams computes
+    late: Tensor  # (B, T) bool, decoded text that has a group, its own: see select
 
     @classmethod
     def plan(
@@ -133,12 +135,12 @@ class Groups:
         before = (count.cumsum(1) - count).gather(1, column)
         place = inverse(column.argsort(dim=1, stable=True)) - before
         n = size.where(id >= 0, 0)
-        quota, rows = {}, {}
+        quota, max_kept = {}, {}
         for r in set(keep):
             k = torch.tensor([capacity(i, r) for i in range(int(n.max()) + 1)])
             quota[r] = torch.where(id >= 0, k[n], T * real)
-            rows[r] = int((place < quota[r]).sum(1).max())
-        return cls(id, real, size, place, before, quota, rows, late)
+            max_kept[r] = int((place < quota[r]).sum(1).max())
+        return cls(id, real, size, place, before, quota, max_kept, late)
 
     def to(self, device: torch.device) -> "Groups":
         tensors = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
@@ -191,11 +193,11 @@ def uniform_score(groups: Groups, keep_ratio: float) -> Tensor:
 
 
 def select(score: Tensor, groups: Groups, keep_ratio: float) -> Tensor:
-    """What a layer computes: the k best of each group, and all text.    Eq. 2 of VideoLLM-MoD
+    """What a layer computes: the k best of each group, all without one.    Eq. 2 of VideoLLM-MoD
 
     score: (B, T), compared only within a group -> keep: (B, T) bool; of equals the earlier wins
     Note: a group must arrive in one chunk. A choice among tokens that arrive later would use the
-    future; gamma-MoD does so inside its prompt, which is there before the answer.
+    future. In gamma-MoD the prompt is one group: it is all there before the answer.
     """
     # place            0   1   2   3   4   5   6   7
     # group           -1   0   0   0  -1   1   1   1
@@ -256,7 +258,7 @@ def routed_update(
     attends to them, and their result is thrown away.
     """
     keep = select(score, groups, keep_ratio)
-    K = groups.rows[keep_ratio]
+    K = groups.max_kept[keep_ratio]
     if K == 0:  # a chunk of a stream can hold nothing that this layer computes
         return x, keep
     index = (~keep).int().argsort(dim=1, stable=True)[:, :K]  # (B, K) the kept ones, then filler
@@ -266,7 +268,8 @@ def routed_update(
     out = block(rows, at, gather_rows(rope, index), cache)
     in_group = groups.id.gather(1, index) >= 0
     weight = gate(score.gather(1, index)).to(out.dtype).where(in_group, 1)
-    new = torch.lerp(rows, out, weight[..., None])  # the residual has no weight
+    # `out` contains `rows`: the weight is of what the block adds, not of the residual.
+    new = torch.lerp(rows, out, weight[..., None])
     new = new.where(kept[..., None], rows)
     return x.scatter(1, index[..., None].expand_as(new), new), keep
 
@@ -339,13 +342,13 @@ def rank_placement(
     return tuple(keep)
 
 
-def arank(q: Tensor, k: Tensor, real: Tensor, softmax: bool = True) -> Tensor:
+def arank(q: Tensor, k: Tensor, real: Tensor) -> Tensor:
     """Rank of the attention maps, mean over heads: how much a layer adds.    ARank of gamma-MoD
 
-    q, k: (B, H, T, d), turned by RoPE if softmax;  real: (B, T) bool, right-padded
-    softmax: the causal map below its diagonal, as gamma-MoD's code has it. False: its formula,
-    (x W_Q)(x W_K)^T, whose rank is d for any long input.
+    q, k: (B, H, T, d), turned by RoPE;  real: (B, T) bool, right-padded
     -> (B,) float64; ranks are taken in float32 with the default tolerance of matrix_rank
+    Note: a map is causal, after its softmax, and below its diagonal, as in gamma-MoD's code. The
+    formula (x W_Q)(x W_K)^T has rank d for any long input, so it cannot tell layers apart.
     """
     B, H, T, d = q.shape
     ranks = []
@@ -353,8 +356,7 @@ def arank(q: Tensor, k: Tensor, real: Tensor, softmax: bool = True) -> Tensor:
         n = int(real[b].sum())
         # Cut to the real tokens, since the tolerance grows with the size of a matrix.
         maps = (q[b].float() @ k[b].float().mT)[:, :n, :n]  # (H, n, n)
-        if softmax:
-            future = torch.ones_like(maps[0]).triu(1).bool()
-            maps = (maps / math.sqrt(d)).masked_fill(future, -math.inf).softmax(-1).tril(-1)
+        future = torch.ones_like(maps[0]).triu(1).bool()
+        maps = (maps / math.sqrt(d)).masked_fill(future, -math.inf).softmax(-1).tril(-1)
         ranks.append(torch.linalg.matrix_rank(maps).double().mean())
     return torch.stack(ranks)

@@ -501,19 +501,17 @@ class VideoLM(nn.Module):
 
 
 @torch.no_grad()
-def layer_ranks(model: VideoLM, inputs: Inputs, softmax: bool = True) -> Tensor:
-    """(B, L) float64, `mod.arank` of each layer of a dense model. softmax: see there"""
+def layer_ranks(model: VideoLM, inputs: Inputs) -> Tensor:
+    """(B, L) float64, `mod.arank` of each layer of a dense model"""
     if min(model.config.keep) < 1:
         raise ValueError(f"ARank must be measured on a dense run, got keep {model.config.keep}")
     x, ranks = model.embed(inputs.tokens, inputs.frames), []
     position = torch.ones_like(inputs.tokens).cumsum(1) - 1  # (B, T)
     rope = rotations(position, model.rope_frequency).to(x.dtype)
-    still = rotations(0 * position, model.rope_frequency).to(x.dtype)  # the formula has no RoPE
     for block in model.layers:
-        normed = block.input_layernorm(x)
-        q, k, _ = block.self_attn.heads(normed, rope if softmax else still)
+        q, k, _ = block.self_attn.heads(block.input_layernorm(x), rope)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, T, d)
-        ranks.append(mod.arank(q, k, inputs.groups.real, softmax))
+        ranks.append(mod.arank(q, k, inputs.groups.real))
         x = block(x, position, rope)
     return torch.stack(ranks, dim=1)
 
@@ -635,7 +633,7 @@ class Cache:
         self.seen = start + groups.real.sum(1, keepdim=True)
         B, T = groups.id.shape
         for layer, r in zip(self.layers, self.keep, strict=True):
-            layer.reserve(layer.length + (T if r == 1 else groups.rows[r]))
+            layer.reserve(layer.length + (T if r == 1 else groups.max_kept[r]))
         return start
 
 

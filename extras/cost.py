@@ -143,8 +143,8 @@ def step_flops(
     Causal attention is half of all pairs. Muon: five times three products per matrix.
     """
     B, T = batch.tokens.shape
-    rows = Groups.plan(batch.group, config.keep, batch.real).rows
-    tokens = [T if r == 1 else rows[r] for r in config.keep]
+    kept = Groups.plan(batch.group, config.keep, batch.real).max_kept
+    tokens = [T if r == 1 else kept[r] for r in config.keep]
     labels = int((batch.labels >= 0).sum())
     macs = flops(config, tokens, batch.frames.shape[1], labels / B, lora_rank)
     macs["attention"] /= 2

@@ -12,7 +12,7 @@ from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from torch import Tensor
 import data
 import eval as evaluation
 from data import Turn
-from eval import Watcher, newest_run, read_settings
-from model import check_fields, flag, load, parse, pick_device, printable, run_main, write
+from eval import WatchConfig, Watcher, newest_run, read_settings
+from model import flag, load, parse, pick_device, printable, run_main, write
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "assets" / "watch.html"
 
@@ -66,22 +66,11 @@ def page(title: str, fps: float, watched: Sequence[Watched]) -> str:
 
 
 @dataclass(frozen=True)
-class PageConfig:
-    run: str = flag("", "run folder (default: the newest in out/)", positional=True)
-    watch: str = flag("", "video (default: a held-out stream of the run's own world)")
+class PageConfig(WatchConfig):
     out: str = flag("out/watch.html", "the page")
-    query: str = flag("", "what to ask before the first frame (default: that of the run's task)")
-    window: int = flag(0, "frames to remember, 0: all")
-    threshold: float = flag(0.0, "speak where silence is less likely than this")
-    partial: bool = flag(False, "use what can be decoded of a damaged video")
-    device: str = flag("", "cpu or cuda (default: cuda where there is one)")
-
-    may_be_zero: ClassVar[tuple[str, ...]] = ("window", "threshold")
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        if self.threshold > 1:
-            raise ValueError(f"threshold must be at most 1, got {self.threshold}")
+        super().__post_init__()
         file = Path(self.out)
         if file.suffix != ".html" or not file.parent.is_dir():
             raise ValueError(

@@ -361,7 +361,7 @@ def preload(watcher: Watcher, frames: int) -> None:
     cache.advance(groups.to(cache.seen.device))
     watcher.next_group = frames
     for layer, r in zip(cache.layers, config.keep, strict=True):
-        rows = len(id) if r == 1 else groups.rows[r]
+        rows = len(id) if r == 1 else groups.max_kept[r]
         layer.reserve(rows)
         layer.kv.normal_()
         layer.position[:, :rows] = torch.arange(rows, device=layer.position.device)

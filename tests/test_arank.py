@@ -11,18 +11,18 @@ from mod import arank, rank_placement
 from model import layer_ranks
 
 
-@given(SEEDS, st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(0, 4), st.booleans())
-def test_maps_of_known_rank_have_it_in_any_batch_and_beside_any_padding(seed, sizes, more, softmax):
+@given(SEEDS, st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(0, 4))
+def test_maps_of_known_rank_have_it_in_any_batch_and_beside_any_padding(seed, sizes, more):
     B, T = len(sizes), max(sizes) + more
     real = torch.arange(T) < torch.tensor(sizes)[:, None]
     parents = integers(seed, 0, 2520, B, 2, T) % torch.arange(1, T + 1)  # the one token <= t that t sees
     one_hot, padding = torch.eye(T, dtype=torch.float64), ~real[:, None, :, None]
     q = (1e4 * one_hot[parents]).where(~padding, normal(seed, B, 2, T, T))
     k = one_hot.where(~padding, normal(seed + 1, B, 2, T, T))
-    # One row for each parent; after the softmax those of the token itself are not below the diagonal.
-    known = [sum(len({p for t, p in enumerate(head[:n]) if p < t or not softmax}) for head in heads) / 2
+    # One row for each parent; those of the token itself are not below the diagonal.
+    known = [sum(len({p for t, p in enumerate(head[:n]) if p < t}) for head in heads) / 2
              for heads, n in zip(parents.tolist(), sizes, strict=True)]
-    ranks = arank(q, k, real, softmax)
+    ranks = arank(q, k, real)
     assert ranks.tolist() == pytest.approx(known) and ranks.dtype == torch.float64
 
 
@@ -39,22 +39,22 @@ def test_the_rank_of_the_code_is_that_of_the_maps_of_torchs_own_attention_withou
     assert arank(q, k, torch.ones(1, 8).bool()).tolist() == [6]  # the last: at the first
 
 
-def test_the_rank_of_the_formula_is_at_most_the_width_of_a_head_in_bfloat16_too():
-    q, k = (normal(seed, 1, 2, 64, 8).bfloat16() for seed in (0, 1))
-    assert arank(q, k, torch.ones(1, 64).bool(), softmax=False).tolist() == [8]
+def test_bfloat16_has_the_rank_of_the_same_numbers_in_float32():
+    q, k = (2 * normal(seed, 1, 2, 64, 8).bfloat16() for seed in (0, 1))
+    real = torch.ones(1, 64).bool()
+    assert arank(q, k, real).tolist() == arank(q.float(), k.float(), real).tolist()
 
 
-@pytest.mark.parametrize("softmax", [True, False])
-def test_each_layer_is_measured_on_its_own_input_with_its_own_heads(softmax):
+def test_each_layer_is_measured_on_its_own_input_with_its_own_heads():
     model = tiny((1.0,) * 3, 0, "cpu")
     for name, p in model.layers[1].named_parameters():
-        p.mul_("q_proj" not in name)  # attends to all alike: full rank below the diagonal, or none at all
+        p.mul_("q_proj" not in name)  # attends to all alike: full rank below the diagonal
     batch = collate(model, [[unit(model.config, kind, n) for n in range(3)] for kind in (True, False)],
                     torch.tensor([0, 1]))
-    ranks = layer_ranks(model, batch, softmax)
+    ranks = layer_ranks(model, batch)
     full = batch.groups.real.sum(1) - 1.0
-    assert ranks.shape == (2, 3) and ranks[:, 1].tolist() == (full.tolist() if softmax else [0, 0])
-    assert (ranks[:, [0, 2]] > 0).all() and (softmax or (ranks <= model.config.head_dim).all())
+    assert ranks.shape == (2, 3) and ranks[:, 1].tolist() == full.tolist()
+    assert (ranks[:, [0, 2]] > 0).all()
 
 
 @pytest.mark.parametrize(("layers", "dense"), [(1, 1), (8, 1), (9, 2), (24, 3), (25, 4), (32, 4), (40, 4)])

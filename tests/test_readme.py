@@ -50,6 +50,8 @@ def test_every_name_path_and_flag_in_the_readme_exists():
     for path in re.findall(r"`(tests/[\w/]+\.py)`|\(((?:assets|results|extras)/[\w.]+)\)", README):
         path = ROOT / "".join(path)
         assert path.is_file() or (not EXTRAS and "extras" in path.parts)
+    tests = "".join(file.read_text() for file in ROOT.glob("tests/*.py"))
+    assert all(f"def {name}(" in tests for name in re.findall(r"`(test_\w+)`", README))
     configs = {"train.py": train.TrainConfig, "eval.py": evaluation.EvalConfig}
     known = {f"--{f.name}" for config in configs.values() for f in fields(config)}
     assert set(re.findall(r"`?(--\w+)", README)) <= known

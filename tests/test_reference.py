@@ -1,4 +1,4 @@
-"""The fast path is a slow loop written from the equation, token by token: the same values and gradients."""
+"""The fast path gives what a slow loop from the equation gives, token by token: values and gradients."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Of each group exactly its capacity is kept: the best, ties to the earlier; and all text, never padding."""
+"""Of each group exactly its capacity is kept: the best, ties to the earlier; and all tokens without a group, never padding."""
 
 import torch
 from hypothesis import given

@@ -77,7 +77,7 @@ def test_a_layer_computes_its_rows_and_no_more(watch):
     for layer in model.layers:
         layer.register_forward_hook(lambda block, given, out: rows.append(given[0].shape[1]))
     model(*batch)
-    T, width = batch.tokens.shape[1], batch.groups.rows
+    T, width = batch.tokens.shape[1], batch.groups.max_kept
     assert rows == [n for n in (T if r == 1 else width[r] for r in model.config.keep) if n]
 
 

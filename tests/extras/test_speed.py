@@ -54,7 +54,7 @@ def test_the_flops_of_a_step_are_those_that_torch_counts(keep, lora_rank, checkp
     inputs = prepare(batch, c, CPU)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         one_step(net, optimizers, inputs)
-    width = Groups.plan(batch.group, keep, batch.real).rows
+    width = Groups.plan(batch.group, keep, batch.real).max_kept
     tokens = [batch.tokens.shape[1] if r == 1 else width[r] for r in keep]
     formula = step_flops(c, batch, muon_matrices(net), lora_rank, checkpointing=checkpointing)
     # This kernel does not halve attention.
