@@ -98,9 +98,9 @@ def tokenizer_for(config: object) -> Tokenizer:
 
 
 class Turn(NamedTuple):
-    """What one speaker says at one place of the stream."""
+    """What one speaker says. After the last frame, `frame` is the number of frames."""
 
-    frame: int  # a question comes before this frame, a reply after it; or the number of frames
+    frame: int  # a question comes before this frame, a reply after it
     role: str  # system, user or assistant
     text: str
     said: tuple[int, ...] = ()  # the ids of a model's own reply, used instead of the text
@@ -118,7 +118,7 @@ class Batch(NamedTuple):
     """B sequences of at most T tokens, padded on the right, on the host."""
 
     tokens: Tensor  # (B, T) int64, VISION at vision tokens
-    group: Tensor  # (B, T) int64, the frame whose group a token is in, -1: it never skips
+    group: Tensor  # (B, T) int64, group of a token: the number of its frame; -1: it never skips
     real: Tensor  # (B, T) bool, False: padding
     labels: Tensor  # (B, T) int64, the token to predict here, NO_TARGET: none
     decision: Tensor  # (B, T) bool, the label is a decision to speak or to stay silent

@@ -43,8 +43,8 @@ def routed_layer(
 ) -> tuple[Tensor, list[int]]:
     """One routed layer over one stream, as a plain loop. `routed_update` is the same, batched.
 
-    It is for r < 1: at 1 the model calls the block directly. One more rule, for late tokens, is in
-    `select`.
+    At r = 1 there is no gate, and the model calls the block directly. One more rule, for late
+    tokens, is in `select`.
 
     block: (rows (K, D), their K positions) -> (K, D), causal over the rows that it is given
     x: (T, D) hidden states;  score: T numbers;  group: T ids, -1 for none
@@ -109,7 +109,7 @@ class Groups:
     place: Tensor  # (B, T) int64, place of the token in its group, 0 ... n - 1
     before: Tensor  # (B, T) int64, where the group starts when tokens are sorted by group
     quota: dict[float, Tensor]  # r -> (B, T) int64, k of the group; id -1: T, padding: 0
-    max_kept: dict[float, int]  # r -> K, the most tokens that any of the streams computes
+    max_kept: dict[float, int]  # r -> K, the most tokens that a stream may compute
     late: Tensor  # (B, T) bool, decoded text that has a group, its own: see select
 
     @classmethod
@@ -120,7 +120,7 @@ class Groups:
         real: Tensor | None = None,
         late: Tensor | None = None,
     ) -> "Groups":
-        """id: (B, T) int64 on the host;  keep: the placement
+        """id: (B, T) int64 on the host, -1 for padding too;  keep: the placement
 
         real, late: (B, T) bool; by default all tokens are real and none is late
         Tokens of a group need not be neighbours. Groups may differ in size, streams too.
@@ -157,7 +157,8 @@ def inverse(order: Tensor) -> Tensor:
 class Router(nn.Module):
     """mu = w . x, the importance of each token: a linear map from D to 1.    Eq. 2 of VideoLLM-MoD
 
-    x: (B, T, D) hidden states as they enter the layer -> (B, T) scores of any scale
+    x: (B, T, D) hidden states as they enter the layer -> (B, T) scores, read as logits: for gates
+    and for late tokens 0 is the middle
     """
 
     def __init__(self, width: int) -> None:

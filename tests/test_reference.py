@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from strategies import SEEDS, integers, normal, watches
 
 from mod import Groups, capacity, random_score
+from model import LEARNED
 
 WEIGHT = {"sigmoid": lambda s: 1 / (1 + torch.exp(-s)), "linear": lambda s: s,
           "unit": lambda s: 2 / (1 + torch.exp(-s))}
@@ -49,11 +50,12 @@ def block_of(block, c, rows: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]
 def scores_of(model, layer, x, tokens, seed):
     """The scores of the tokens of one group: a list of tensors of one element"""
     c, n = model.config, len(tokens)
-    if c.router in ("learned", "shared") and c.keep[layer] > 0:
+    if c.router in LEARNED and c.keep[layer] > 0:
         weight = model.routers["shared" if c.router == "shared" else str(layer)].weight
         return [(weight * x[t]).sum() for t in tokens]
     if c.router == "random":
         return [random_score(torch.tensor([[t]]), layer, torch.tensor([seed])) for t in tokens]
+    assert c.router == "uniform" or c.keep[layer] == 0  # another router needs a branch above
     k = capacity(n, c.keep[layer])
     return [torch.tensor(i in [math.ceil(m * n / k) for m in range(k)]).int() for i in range(n)]
 
@@ -73,7 +75,7 @@ def reference(model, tokens, frames, group, late, seed):
             order = sorted(range(len(members)), key=lambda i: (-score[i].item(), i))
             for i in order[: capacity(len(members), r)]:
                 if not late[members[i]] or score[i] >= 0:
-                    learned = c.router in ("learned", "shared")
+                    learned = c.router in LEARNED
                     weight[members[i]] = WEIGHT[c.gate](score[i]) if learned else 1.0
         update = block_of(block, c, {t: x[t] for t in sorted(weight)})
         x = [x[t] + weight[t] * (update[t] - x[t]) if t in weight else x[t] for t in range(len(x))]
