@@ -12,7 +12,7 @@ import model as models
 import train
 from model import Config, VideoLM, initialise, load, save
 
-SMALL = ["--batch", "2", "--streams", "2", "--save_every", "2", "--device", "cpu"]
+SMALL = ["--batch", "2", "--streams", "1", "--save_every", "2", "--device", "cpu"]
 
 
 def log(folder):
