@@ -36,7 +36,7 @@ NO_TARGET = -100  # label of a place where nothing is to be predicted
 QUERY = "Narrate what you see, as it happens."
 SYSTEM, DESCRIBE = "Answer the questions about the picture.", "Describe it."
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230),
-           "yellow": (235, 215, 50), "white": (250, 250, 250), "black": (5, 5, 5)}
+           "yellow": (235, 215, 50), "white": (250, 250, 250), "pink": (240, 120, 200)}
 SHAPES = ("disc", "ring", "cross", "triangle")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 WORDS = ("A", "The", " a", " the", " at", " in", " is", " of", ",", ".", "?",
@@ -239,12 +239,13 @@ class Source:
 
 
 class World(Source):
-    """A drawn stream: now and then a coloured shape flashes on noisy ground; the reply names it.
+    """A drawn stream: now and then a bright shape flashes on dark ground; the reply names it.
 
     What must be said, and when, is known exactly. A sample is a function of (seed, split, number).
+    A shape fills one of grid x grid cells.
     """
 
-    fps, frames, kind = 2.0, 8, "held-out streams"
+    fps, frames, kind, grid = 2.0, 8, "held-out streams", 3
 
     def __init__(self, size: int, frames: int = 0) -> None:
         self.size, self.frames = size, frames or self.frames
@@ -264,7 +265,7 @@ class World(Source):
         return [self.sample(seed, "train", step * 4096**2 + i) for i in range(rank, count, ranks)]
 
     def held_out(self, count: int) -> list[Sample]:
-        return [self.sample(0, "test", number) for number in range(count)]
+        return [self.sample(1, "test", number) for number in range(count)]
 
     def pixels(self, sample: Sample) -> ndarray:
         """The frames of a held-out sample -> (F, S, S, 3) uint8"""
@@ -278,13 +279,12 @@ class World(Source):
 
     def sample(self, seed: int, split: str, number: int) -> Sample:
         rng, S = default_rng([seed, split == "train", number]), self.size
-        cells = math.ceil(S / 4)
+        cells = S // 4 + 1
         coarse = 18 * rng.normal(size=(1, cells, cells, 3))
-        texture = coarse.repeat(4, axis=1).repeat(4, axis=2)[:, :S, :S]  # the same in each frame
-        ground = 115 + 25 * rng.uniform(-1, 1, 3) + texture
+        texture = coarse.repeat(4, 1).repeat(4, 2)[:, :S, :S]  # the same in each frame
         frames = rng.standard_normal((self.frames, S, S, 3))
         frames *= 6  # in place, as below: drawing must cost little beside a step of training
-        frames += ground
+        frames += 40 + 25 * rng.uniform(-1, 1, 3) + texture
         turns = self.draw(frames, rng, split)
         return Sample(frames.clip(0, 255, frames).astype(np.uint8), turns, number)
 
@@ -299,11 +299,11 @@ class World(Source):
 
     def paint(self, frame: ndarray, rng: Generator, colour: str, shape: str,
               row: int, column: int) -> str:
-        """Paint a shape, a third of the picture wide, in a cell of 3 x 3 -> what to say of it"""
-        # The centre, in pixels: about that of the cell
-        centre = (np.array([row, column]) * 2 + 1) * self.size / 6 - 0.5 + rng.uniform(-0.5, 0.5, 2)
+        """Paint a shape about in the middle of a cell -> what to say of it"""
+        half = self.size / self.grid / 2  # of a cell, in pixels
+        centre = (np.array([row, column]) * 2 + 1) * half + rng.uniform(-1, 0, 2)
         offset = np.indices(frame.shape[:2]) - centre[:, None, None]
-        v, u = offset * 6.6 / self.size  # (S, S) each, -1 to 1 within the shape
+        v, u = offset * 1.1 / half  # (S, S) each, -1 to 1 within the shape
         if shape == "cross":
             inside = (np.minimum(abs(u), abs(v)) <= 0.3) & (np.maximum(abs(u), abs(v)) <= 1)
         elif shape == "triangle":
@@ -313,7 +313,8 @@ class World(Source):
             distance = u * u + v * v
             inside = (hole <= distance) & (distance <= 1)
         frame[inside] = COLOURS[colour]
-        return f"A {colour} {shape}, {ROWS[row]} {COLUMNS[column]}."
+        where = f"{ROWS[3 * row // self.grid]} {COLUMNS[3 * column // self.grid]}"
+        return f"A {colour} {shape}, {where}."
 
 
 def draw_thing(rng: Generator) -> tuple[str, str]:

@@ -492,18 +492,21 @@ def on_shapes(
 ) -> dict[str, float]:
     """Of the patches that each routed layer keeps, the share that shows some of a shape
 
-    Of frames with shapes; "chance" is that share of all their patches. {} where no layer chooses.
+    Of frames with shapes; "chance" is that share of all their patches, "at most" what the last
+    routed layer could reach. {} where no layer chooses.
     """
     batch, out = hear(model, tokenizer, samples)
     shows = world.shows_shape(batch.frames, model.config.pool)  # (B, F, P - 1)
     some = shows.any(-1)  # (B, F)
-    share = {}
+    shows, share = shows[some], {}  # (N, P - 1)
     for layer, keep in out.keep.items():
-        kept = keep.cpu()[batch.tokens == data.VISION].view(*some.shape, -1)[..., 1:]  # no CLS
-        if kept[some].any():
-            share[f"layer {layer}"] = float(shows[some][kept[some]].float().mean())
+        kept = keep.cpu()[batch.tokens == data.VISION].view(*some.shape, -1)[some, 1:]  # no CLS
+        n = kept.sum(-1)  # (N,)
+        if n.any():
+            share[f"layer {layer}"] = float(shows[kept].float().mean())
+            share["at most"] = float(n.clamp(max=shows.sum(-1)).sum() / n.sum())
     if share:
-        share["chance"] = float(shows[some].float().mean())
+        share["chance"] = float(shows.float().mean())
     return share
 
 
@@ -748,9 +751,6 @@ def main(argv: list[str] | None = None) -> None:
         return watch(cfg, model, folder, settings)
     source = data.open_source(**settings, size=model.config.image_size)
     source = model.adapt_source(source, folder)
-    if source.asks and "threshold" in given:
-        task = settings["task"]
-        raise ValueError(f"threshold must be given for a task with decisions, got {task}")
     if cfg.arank:
         return print_ranks(model, data.tokenizer_for(model.config), source)
     report(folder, model, source, cfg.streams, cfg.threshold)

@@ -40,14 +40,16 @@ def routed_layer(
     group: list[int],
     keep_ratio: float,
     gate: Callable[[Tensor], Tensor],
+    weigh: str = "update",
 ) -> tuple[Tensor, list[int]]:
     """One routed layer over one stream, as a plain loop. `routed_update` is the same, batched.
 
-    At r = 1 there is no gate, and the model calls the block directly. One more rule, for late
-    tokens, is in `select`.
+    It is for r < 1: where nothing is chosen nothing is weighed, and the model calls the block
+    directly. One more rule, for late tokens, is in `select`.
 
-    block: (rows (K, D), their K positions) -> (K, D), causal over the rows that it is given
-    x: (T, D) hidden states;  score: T numbers;  group: T ids, -1 for none
+    block: (rows (K, D), their K positions, K weights of their values) -> (K, D), causal over the
+        rows that it is given
+    x: (T, D) hidden states;  score: T numbers;  group: T ids, -1 for none;  weigh: one of WEIGHED
     -> y: (T, D), and the positions of the tokens that were computed
     """
     weight = {t: 1.0 for t in range(len(x)) if group[t] == -1}  # always computed, weight 1
@@ -55,9 +57,10 @@ def routed_layer(
         members = [t for t in range(len(x)) if group[t] == g]
         best_first = sorted(members, key=lambda t: -score[t])  # of equals the earlier comes first
         for t in best_first[: capacity(len(members), keep_ratio)]:
-            weight[t] = gate(score[t]) if keep_ratio < 1 else 1.0  # at r = 1 no gate
+            weight[t] = gate(score[t])
     kept = sorted(weight)
-    computed = block(x[kept], kept)  # skipped tokens are no queries, keys or values
+    value_weight = [weight[t] if weigh == "update+values" else 1.0 for t in kept]
+    computed = block(x[kept], kept, value_weight)  # skipped tokens are no queries, keys or values
     y = x.clone()
     for row, t in enumerate(kept):
         y[t] = x[t] + weight[t] * (computed[row] - x[t])
@@ -234,24 +237,30 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": raw_score,  # Eq. 2 of VideoLLM-MoD to the letter
     "unit": twice_sigmoid,  # 1 for a score of 0: a converted dense layer starts almost unchanged
 }
+# What the gate weighs. "update": what the layer adds to a token, as in both papers. So a router
+# learns from what later layers read of the token, and that of the last layer learns nothing.
+# "update+values": also the token's value vector, which others read in this layer.
+WEIGHED = ("update", "update+values")
 
 
 def routed_update(
     block: Callable,
     x: Tensor,
     score: Tensor,
+    weight: Tensor,
     groups: Groups,
     keep_ratio: float,
-    gate: Callable[[Tensor], Tensor],
+    weigh: str,
     position: Tensor,
     rope: Tensor,
     cache: object = None,
 ) -> tuple[Tensor, Tensor]:
     """y = x + g(s) (Block(X-hat) - x) for kept tokens, y = x for skipped.    Eq. 2 of VideoLLM-MoD
 
-    block: (rows (B, K, D), position (B, K), rope (B, K, ...), cache) -> (B, K, D), causal
-    x: (B, T, D);  score: (B, T)
-    gate: one of GATES, or torch.ones_like for scores that are not learned
+    block: (rows (B, K, D), position (B, K), rope (B, K, ...), value_weight (B, K) or None, cache)
+        -> (B, K, D), causal
+    x: (B, T, D);  score: (B, T);  weight: (B, T) g(s), read of tokens that have a group
+    weigh: one of WEIGHED
     position: (B, T) int64 and rope: (B, T, ...) go along with the kept tokens, unchanged
     -> y: (B, T, D), skipped rows bit-identical to x;  keep: (B, T) bool
     Note: rows are gathered by index and in order, so attention over them is plain causal attention.
@@ -266,11 +275,11 @@ def routed_update(
     kept = keep.gather(1, index)  # (B, K) False: filler
     rows = gather_rows(x, index)  # (B, K, D)
     at = gather_rows(position, index).where(kept, PADDING)
-    out = block(rows, at, gather_rows(rope, index), cache)
-    in_group = groups.id.gather(1, index) >= 0
-    weight = gate(score.gather(1, index)).to(out.dtype).where(in_group, 1)
+    weight = weight.where(groups.id >= 0, 1).gather(1, index)  # (B, K)
+    value_weight = weight if weigh == "update+values" else None
+    out = block(rows, at, gather_rows(rope, index), value_weight, cache)
     # `out` contains `rows`: the weight is of what the block adds, not of the residual.
-    new = torch.lerp(rows, out, weight[..., None])
+    new = torch.lerp(rows, out, weight.to(out.dtype)[..., None])
     new = new.where(kept[..., None], rows)
     return x.scatter(1, index[..., None].expand_as(new), new), keep
 
@@ -336,6 +345,8 @@ def rank_placement(
     ranks: one per layer; of equals the earlier stays dense
     dense_layers: how many; 0: an eighth of the layers, at most 4 (the paper: 4 of 32 and of 40)
     """
+    if dense_layers > len(ranks):
+        raise ValueError(f"dense_layers must be at most {len(ranks)}, got {dense_layers}")
     dense_layers = dense_layers or min(4, math.ceil(len(ranks) / 8))
     highest_first = sorted(range(len(ranks)), key=lambda layer: -ranks[layer])
     dense = highest_first[:dense_layers]

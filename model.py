@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mod
-from mod import GATES, MASKED, PADDING, Groups, Router, gather_rows
+from mod import GATES, MASKED, PADDING, WEIGHED, Groups, Router, gather_rows
 
 LEARNED = ("learned", "shared")  # a router of its own for each routed layer, or one for all of them
 ROUTERS = (*LEARNED, "random", "uniform")
@@ -37,7 +37,7 @@ class Config:
 
     hidden_size: int = 128
     intermediate_size: int = 384
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = 3  # so `interleaved` routes the middle one, whose router learns
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 32
@@ -51,9 +51,10 @@ class Config:
     vision_intermediate_size: int = 288
     vision_layers: int = 2
     vision_heads: int = 4
-    keep: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    keep: tuple[float, ...] = (1.0, 1.0, 1.0)
     router: str = "learned"
-    gate: str = "sigmoid"
+    gate: str = "unit"
+    weigh: str = "update"
     masked: str = "text"
 
     usual_flags: ClassVar[dict[str, float]] = {}  # of train.py, for models of this kind
@@ -72,7 +73,8 @@ class Config:
         self.must("keep", len(self.keep) == self.num_hidden_layers, "have one ratio a layer")
         for ratio in self.keep:
             mod.check_keep_ratio(ratio)
-        for name, known in {"router": ROUTERS, "gate": GATES, "masked": MASKED}.items():
+        choices = {"router": ROUTERS, "gate": GATES, "weigh": WEIGHED, "masked": MASKED}
+        for name, known in choices.items():
             self.must(name, getattr(self, name) in known, f"be one of {', '.join(known)}")
 
     def must(self, name: str, holds: bool, rule: str) -> None:
@@ -271,10 +273,17 @@ class Attention(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(
-        self, x: Tensor, position: Tensor, rope: Tensor, cache: "LayerCache | None" = None
+        self,
+        x: Tensor,
+        position: Tensor,
+        rope: Tensor,
+        value_weight: Tensor | None = None,
+        cache: "LayerCache | None" = None,
     ) -> Tensor:
         B, K, _ = x.shape
         q, k, v = self.heads(x, rope)
+        if value_weight is not None:  # before the cache: it holds what others may read
+            v = v * value_weight[:, None, :, None].to(v.dtype)
         key_position = position
         if cache is not None:
             k, v, key_position = cache.append(k, v, position)  # (B, G, L, d) twice, (B, L)
@@ -318,6 +327,7 @@ class Block(nn.Module):
     """A layer of Llama. It knows nothing of routing: it computes the rows it is given.
 
     x: (B, K, D);  position: (B, K);  rope: (B, K, 2, d/2) -> (B, K, D)
+    value_weight: (B, K) multiplies each row's value vector, None: by 1
     """
 
     def __init__(self, c: Config) -> None:
@@ -328,9 +338,15 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(
-        self, x: Tensor, position: Tensor, rope: Tensor, cache: "LayerCache | None" = None
+        self,
+        x: Tensor,
+        position: Tensor,
+        rope: Tensor,
+        value_weight: Tensor | None = None,
+        cache: "LayerCache | None" = None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), position, rope, cache)
+        normed = self.input_layernorm(x)
+        x = x + self.self_attn(normed, position, rope, value_weight, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -373,7 +389,8 @@ class VideoLM(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = c = config
-        self.vision_model = VisionModel(c)
+        # Frozen as in VideoLLM-MoD: one drawn at random tells patches apart, which is enough here.
+        self.vision_model = VisionModel(c).requires_grad_(False)
         self.multi_modal_projector = Projector(c)
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
@@ -445,11 +462,14 @@ class VideoLM(nn.Module):
         r, block = self.config.keep[layer], self.layers[layer]
         held = cache.layers[layer] if cache else None
         if r == 1:
-            return block(x, position, rope, held), None, None
+            return block(x, position, rope, cache=held), None, None
         score = self.score(layer, x, position, groups, seed)
         learned = r > 0 and self.config.router in LEARNED
-        gate = GATES[self.config.gate] if learned else torch.ones_like
-        x, keep = mod.routed_update(block, x, score, groups, r, gate, position, rope, held)
+        weight = GATES[self.config.gate](score) if learned else torch.ones_like(score)
+        weigh = self.config.weigh
+        x, keep = mod.routed_update(
+            block, x, score, weight, groups, r, weigh, position, rope, held
+        )
         return x, keep, score if learned else None
 
     def score(
@@ -542,12 +562,12 @@ def initialise(model: VideoLM, seed: int) -> VideoLM:
     parameters = dict(model.named_parameters())
     generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
     for name, p in parameters.items():
-        draw_weight(name, p, model.config.gate, generator)
+        draw_weight(name, p, generator)
     return model
 
 
 @torch.no_grad()
-def draw_weight(name: str, p: Tensor, gate: str, generator: torch.Generator) -> None:
+def draw_weight(name: str, p: Tensor, generator: torch.Generator) -> None:
     """Linear maps at 1/sqrt(fan-in), 0.3 of it where they write to the residual."""
     writes_residual = name.split(".")[-2] in ("o_proj", "down_proj", "out_proj", "fc2")
     if p.dim() > 1:
@@ -555,8 +575,8 @@ def draw_weight(name: str, p: Tensor, gate: str, generator: torch.Generator) -> 
         std = 0.5 if table else p[0].numel() ** -0.5
         p.normal_(0, std * (0.3 if writes_residual else 1), generator=generator)
     elif name.startswith("routers"):  # a bias too, if a router has one
-        small = 0.1 if gate == "unit" else 1.0  # then weights begin near 1
-        p.normal_(0, small * p.numel() ** -0.5, generator=generator)
+        # Scores begin near 0, so that a few steps can turn their order.
+        p.normal_(0, 0.1 * p.numel() ** -0.5, generator=generator)
     elif "class_embedding" in name:
         p.normal_(0, p.numel() ** -0.5, generator=generator)
     else:

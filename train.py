@@ -19,14 +19,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import ClassVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 try:
@@ -37,7 +36,7 @@ except ImportError:
 import data
 from data import Source, collate
 from eval import report
-from mod import GATES, MASKED, PLACEMENTS, check_keep_ratio, placement, rank_placement
+from mod import GATES, MASKED, PLACEMENTS, WEIGHED, check_keep_ratio, placement, rank_placement
 from mod import routing_loss as routing_loss_of
 from model import (
     PRESETS,
@@ -83,7 +82,8 @@ class TrainConfig:
     dense_layers: int = flag(0, "of --plan arank: layers that stay dense (0: an eighth)")
     keep: float = flag(0.2, "keep ratio r of the routed layers")
     router: str = flag("learned", f"what scores the tokens: {', '.join(ROUTERS)}")
-    gate: str = flag("sigmoid", f"turns a score into a weight: {', '.join(GATES)}")
+    gate: str = flag("unit", f"turns a score into a weight: {', '.join(GATES)}")
+    weigh: str = flag("update", f"what the gate weighs: {', '.join(WEIGHED)}")
     masked: str = flag("text", f"text that never skips: {', '.join(MASKED)}")
     routing_loss: float = flag(0.0, "weight of the routers' cross-entropy (gamma-MoD)")
     sigma: float = flag(1.0, "weight of a decision to speak, against a reply token")
@@ -109,17 +109,12 @@ class TrainConfig:
 
     @property
     def folder(self) -> Path:
-        """`--out`, or out/ and what tells this run from the default one."""
-        usual = {"router": "learned", "gate": "sigmoid", "masked": "text"}
-        usual |= data.find_task(self.task).defaults
-        parts = [Path(self.data).name, self.task, self.plan]
-        if self.plan not in ("dense", "early-exit", "layer-skip"):
-            parts.append(f"{self.keep:g}")
-        for name in ("router", "gate", "masked"):
+        """`--out`, or out/ and what tells this run from the default one of its task."""
+        usual = vars(TrainConfig) | data.find_task(self.task).defaults
+        parts = [Path(self.data).name, self.task]
+        for name in ("plan", "keep", "router", "gate", "weigh", "masked"):
             if getattr(self, name) != usual[name]:
-                parts.append(getattr(self, name))
-        if self.init:
-            parts.append("converted")
+                parts.append(f"{getattr(self, name)}")
         name = "-".join(part for part in parts if part)
         return Path(self.out or f"out/{name}-seed{self.seed}")
 
@@ -133,13 +128,10 @@ def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
         cfg = replace(cfg, data=str(Path(cfg.data).resolve()))  # the same from any folder
     if cfg.resume:
         return resumed(cfg, given)
-    needs = {"fps": cfg.data, "partial": cfg.data, "preset": not cfg.init}
-    for name in sorted(given & needs.keys()):
-        if not needs[name]:
-            got = getattr(cfg, name)
-            raise ValueError(f"{name} must be left out where it changes nothing, got {got}")
+    if cfg.init and "preset" in given:
+        raise ValueError(f"preset must be left out with init, got {cfg.preset}")
     begins = load(Path(cfg.init)).config if cfg.init else preset(cfg.preset)
-    usual = {**data.find_task(cfg.task).defaults, **begins.usual_flags}
+    usual = data.find_task(cfg.task).defaults | begins.usual_flags
     free = usual.keys() - given - ({"steps", "preset"} if cfg.init else set())
     cfg = replace(cfg, **{name: usual[name] for name in free})
     check_new(cfg.folder)
@@ -184,16 +176,12 @@ def route(cfg: TrainConfig, sizes: Config, dense: VideoLM | None = None) -> Conf
         keep = keep_by_rank(cfg, dense)
     else:
         keep = placement(cfg.plan, sizes.num_hidden_layers, cfg.keep)
-    return replace(sizes, keep=keep, router=cfg.router, gate=cfg.gate, masked=cfg.masked)
+    sizes = replace(sizes, keep=keep, router=cfg.router)
+    return replace(sizes, gate=cfg.gate, weigh=cfg.weigh, masked=cfg.masked)
 
 
 def keep_by_rank(cfg: TrainConfig, dense: VideoLM) -> tuple[float, ...]:
     """The placement of gamma-MoD, by the ARank of 50 samples"""
-    layers = dense.config.num_hidden_layers
-    if cfg.dense_layers >= layers:
-        raise ValueError(
-            f"dense_layers must be fewer than the {layers} layers, got {cfg.dense_layers}"
-        )
     c, tokenizer = dense.config, data.tokenizer_for(dense.config)
     samples = open_source(cfg, dense).batch(0, 0, 50)
     ranks = sample_ranks(dense, [collate([s], c, tokenizer) for s in samples])
@@ -206,14 +194,49 @@ def open_source(cfg: TrainConfig, model: VideoLM) -> Source:
     return model.adapt_source(source, cfg.folder)
 
 
+class Muon(Optimizer):
+    """Momentum, then the nearest matrix whose singular values are about 1.    arXiv 2502.16982
+
+    As torch.optim.Muon, which computes in bfloat16 also where a CPU does that slowly.
+    """
+
+    def __init__(self, parameters: list[Tensor], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        group = self.param_groups[0]
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            momentum = state["momentum"].lerp_(p.grad, 0.05)
+            update = orthogonal(p.grad.lerp(momentum, 0.95))  # Nesterov
+            rows, columns = p.shape
+            p.sub_(group["lr"] * max(1, rows / columns) ** 0.5 * update)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """(N, M) -> (N, M), by five steps of Newton and Schulz"""
+    x = x / x.norm().clamp(min=1e-7)
+    tall = len(x) > len(x.mT)
+    x = x.mT if tall else x
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+    return x.mT if tall else x
+
+
 def make_optimizers(model: VideoLM, cfg: TrainConfig) -> list[Optimizer]:
     """Muon for the matrices of blocks and projector; AdamW for everything else."""
     hidden, rest = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
             (hidden if model.uses_muon(name, p) else rest).append(p)
-    optimizers = [Muon(hidden, lr=cfg.muon_lr, weight_decay=0.0)] if hidden else []
-    optimizers.append(AdamW(rest, lr=cfg.adam_lr, weight_decay=0.0, fused=rest[0].is_cuda))
+    optimizers = [Muon(hidden, cfg.muon_lr)] if hidden else []
+    optimizers.append(AdamW(rest, lr=cfg.adam_lr, weight_decay=0.0))
     return optimizers
 
 
@@ -257,11 +280,11 @@ def learn(cfg: TrainConfig, model: VideoLM, source: Source, total: Callable = un
         inputs = prepare(batch, c, device)
         # rate
         for optimizer in optimizers:
-            peak = optimizer.defaults["lr"]
-            optimizer.param_groups[0]["lr"] = peak * learning_rate(step, cfg.steps)
+            rate = optimizer.defaults["lr"] * learning_rate(step, cfg.steps)
+            optimizer.param_groups[0]["lr"] = rate
         # loss: means over the batch of this process, times its share of the whole
-        torch.manual_seed((cfg.seed << 32) + (step << 8))  # seeds dropout
-        share, tokens = share_of(batch, total)
+        torch.manual_seed(cfg.seed << 32 | step << 8)  # seeds dropout
+        share, tokens = share_of(batch)
         loss = share.to(device) * compute_loss(model, inputs, cfg.sigma, cfg.routing_loss)
         # backward
         loss.sum().backward()
@@ -275,20 +298,16 @@ def learn(cfg: TrainConfig, model: VideoLM, source: Source, total: Callable = un
             optimizer.step()
             optimizer.zero_grad()
         # log
-        shown = log_step(cfg.folder, step, total(loss.detach()), norm, tokens, began)
-        bar.set_postfix_str(shown)
+        loss = total(loss.detach())
+        bar.set_postfix_str(log_step(cfg.folder, step, loss, norm, tokens, began))
         # checkpoint
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             checkpoint(cfg.folder, model, optimizers, step + 1)
 
 
-def share_of(batch: data.Batch, total: Callable) -> tuple[Tensor, int]:
-    """(2,) the share of all labels and group members that this process has; the tokens of all"""
-    here = [(batch.labels >= 0).sum(), (batch.group >= 0).sum(), batch.real.sum()]
-    counts = torch.stack(here).double()
-    totals = total(counts.clone())
-    share = counts / totals.clamp(min=1)
-    return share[:2].float(), int(totals[2])
+def share_of(batch: data.Batch) -> tuple[Tensor, int]:
+    """(2,) the share of all labels and of all group members that this process has: all; tokens"""
+    return torch.ones(2), int(batch.real.sum())
 
 
 def log_step(
@@ -298,20 +317,18 @@ def log_step(
 
     loss: (2,) of batch_loss;  norm: of the gradient;  began: when the step did
     """
-    streaming, routing = loss.tolist()
-    terms = {"streaming loss": streaming, "routing loss": routing, "gradient": float(norm)}
-    for name, value in terms.items():
-        if not math.isfinite(value):
-            raise ValueError(
-                f"{name} must stay finite, got {value} at step {step}; {folder} keeps its last "
-                "checkpoint (--init starts from it with other flags)"
-            )
+    (streaming, routing), norm = loss.tolist(), float(norm)
+    if not math.isfinite(streaming + routing + norm):
+        raise ValueError(
+            f"losses and gradient must stay finite, got {streaming}, {routing} and {norm} at step "
+            f"{step}; {folder} keeps its last checkpoint (--init starts from it with other flags)"
+        )
     seconds = round(time.perf_counter() - began, 4)
     line = {
         "step": step,
         "loss": streaming + routing,
         "routing_loss": routing,
-        "grad_norm": float(norm),
+        "grad_norm": norm,
         "tokens": tokens,
         "seconds": seconds,
     }
@@ -328,7 +345,7 @@ def begin(cfg: TrainConfig, model: VideoLM, optimizers: list[Optimizer]) -> int:
     print(f"keep ratios of the layers: {', '.join(f'{r:g}' for r in keep)}")
     if cfg.resume:
         return resume(folder, optimizers)
-    about = {"argv": sys.argv[1:], **asdict(cfg), **provenance(), "placement": keep}
+    about = {"argv": sys.argv[1:], "placement": keep} | asdict(cfg) | provenance()
     write_json(folder / "train.json", asdict(cfg))
     write(folder / "log.jsonl", lambda path: path.write_text(json.dumps(about) + "\n"))
     checkpoint(folder, model, optimizers, 0)
@@ -376,7 +393,7 @@ def resume(folder: Path, optimizers: list[Optimizer]) -> int:
             i, n, key = name.split(".")
             states[int(i)].setdefault(int(n), {})[key] = t
         for optimizer, state in zip(optimizers, states, strict=True):
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     except (ValueError, IndexError) as error:
         raise ValueError(f"{file} must hold the optimizer state of step {step}: {error}") from None
     lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
@@ -413,9 +430,6 @@ def run(cfg: TrainConfig, model: VideoLM) -> None:
 
 def finish(cfg: TrainConfig, source: Source) -> None:
     """Evaluate a run as it was saved."""
-    steps = (cfg.folder / "log.jsonl").read_text().splitlines()[1:]
-    seconds = median(json.loads(line)["seconds"] for line in steps)
-    print(f"median step {1000 * seconds:.0f} ms")
     model = load(cfg.folder, pick_device(cfg.device)).eval()
     report(cfg.folder, model, model.adapt_source(source, cfg.folder), cfg.streams)
 

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 import train
-from data import Sample
+from data import Batch, Sample
 from extras import pretrained
 from extras.cost import SIZES
 from extras.pretrained import OWN, SHARED, PretrainedFlags
@@ -68,6 +68,15 @@ def total(t: Tensor) -> Tensor:
     if RANKS > 1:
         dist.all_reduce(t)
     return t
+
+
+def share_of(batch: Batch) -> tuple[Tensor, int]:
+    """(2,) the share of all labels and group members that this process has; the tokens of all"""
+    here = [(batch.labels >= 0).sum(), (batch.group >= 0).sum(), batch.real.sum()]
+    counts = torch.stack(here).double()
+    totals = total(counts.clone())
+    share = counts / totals.clamp(min=1)
+    return share[:2].float(), int(totals[2])
 
 
 # --- sharded weights and optimizer states, whole in files -----------------------------------------
@@ -140,7 +149,11 @@ ORIGINAL = {name: getattr(train, name) for name in ("make_optimizers", "clip_gra
 
 def take_over() -> dict[str, Callable]:
     """The functions of train.py that are others where there are several processes"""
-    others = {"make_optimizers": make_optimizers, "clip_grad_norm_": clip_grad_norm}
+    others = {
+        "make_optimizers": make_optimizers,
+        "clip_grad_norm_": clip_grad_norm,
+        "share_of": share_of,
+    }
     return others | ({"checkpoint": gather_only} if RANK > 0 else {})
 
 

@@ -271,7 +271,7 @@ def draw_missing(model: PretrainedLM, seed: int, device: torch.device | str) -> 
         elif name.endswith("lora_B"):
             p.zero_()  # an adapter begins as no change
         else:
-            core.draw_weight(name, p, c.gate, generator)
+            core.draw_weight(name, p, generator)
     return model
 
 

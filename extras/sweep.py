@@ -17,15 +17,18 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import ClassVar
 
 import torch
 
 import data
+import model as core
 import train
-from eval import on_shapes
+from eval import on_shapes, read
+from extras.baselines import MODELS
 from extras.cost import flops, muon_matrices, step_flops
 from model import (
     Config,
@@ -42,7 +45,7 @@ from model import (
 ROOT = Path(__file__).resolve().parents[1]
 
 # The rows of each table, and the flags of train.py that make them. DENSE stands for the dense run
-# of the same seed, which is the first row.
+# of the same seed, which is the first row. Other words in capitals are of baselines.MODELS.
 TWO_ROWS = """
     dense                --plan dense
     interleaved          --plan interleaved"""
@@ -54,16 +57,21 @@ SWEEPS = {
         dense                --plan dense
         early-exit           --plan early-exit
         layer-skip           --plan layer-skip
-        interleaved          --plan interleaved
-        interleaved-deep     --plan interleaved-deep
-        all                  --plan all
-        all-deep             --plan all-deep
+        interleaved-values   --plan interleaved --weigh update+values
+        interleaved-update   --plan interleaved --weigh update
         interleaved-random   --plan interleaved --router random
         interleaved-uniform  --plan interleaved --router uniform
-        interleaved-0.1      --plan interleaved --keep 0.1
-        interleaved-0.3      --plan interleaved --keep 0.3
+        interleaved-amod     --plan interleaved --router random A-MOD
+        interleaved-control  --plan interleaved --weigh update+values RANDOM-SELECTION
+        all-values           --plan all --weigh update+values
+        all-update           --plan all --weigh update
         all-random           --plan all --router random
-        all-uniform          --plan all --router uniform""",
+        all-uniform          --plan all --router uniform
+        all-control          --plan all --weigh update+values RANDOM-SELECTION
+        values-0.1           --plan interleaved --weigh update+values --keep 0.1
+        values-0.3           --plan interleaved --weigh update+values --keep 0.3
+        values-sigmoid       --plan interleaved --weigh update+values --gate sigmoid
+        update-sigmoid       --plan interleaved --weigh update --gate sigmoid""",
     "vqa": """
         dense                --plan dense
         dense-converted      --init DENSE --plan dense
@@ -116,7 +124,8 @@ class Sweep:
 
     def command(self, run: Path, flags: list[str], seed: int) -> list[str]:
         """The command that trains a run, or goes on with it. flags: of its row"""
-        argv = [f"--out={run}"]
+        argv, models = [f"--out={run}"], [flag for flag in flags if flag in MODELS]
+        flags = [flag for flag in flags if flag not in MODELS]
         if (run / "model.safetensors").exists():
             argv.append("--resume")
         else:
@@ -126,7 +135,7 @@ class Sweep:
             argv.append(f"--seed={seed}")
             argv += [f"--{flag}={value}" for flag, value in self.flags.items()]
         argv.append(f"--device={self.device}")
-        return [sys.executable, "-m", "extras.sweep", "--row", *argv]
+        return [sys.executable, "-m", "extras.sweep", "--row", *models, *argv]
 
     def train_seed(self, seed: int) -> None:
         """Train the rows of a seed in order: the dense run is first, and others start from it."""
@@ -174,7 +183,13 @@ def leave(*signal_and_frame: object) -> None:
 
 
 def train_row(argv: list[str]) -> None:
-    """Do what train.py does with these flags, and look at the model at each of its checkpoints."""
+    """Do what train.py does with these flags, and look at the model at each of its checkpoints.
+
+    argv: may begin with a name in baselines.MODELS, whose model then takes the place of VideoLM
+    """
+    if argv[0] in MODELS:
+        train.VideoLM = core.VideoLM = MODELS[argv[0]]
+        argv = argv[1:]
     checkpoint = train.checkpoint
 
     def look_and_save(folder: Path, model: VideoLM, optimizers: list, step: int) -> None:
@@ -190,7 +205,8 @@ def train_row(argv: list[str]) -> None:
 
 
 def look(folder: Path, model: VideoLM, step: int) -> None:
-    """Append a line to looks.jsonl: peak memory, and the share of kept patches that show a shape.
+    """Append a line to looks.jsonl: peak memory, the share of the held-out reply tokens that are
+    right, and that of the kept patches that show a shape.
 
     This comes before the checkpoint. After a kill between the two, the step is taken again, and
     the later one of two lines counts.
@@ -198,8 +214,12 @@ def look(folder: Path, model: VideoLM, step: int) -> None:
     line = {"step": step, "peak_memory": peak_memory(model.lm_head.weight.device)}
     source = source_of(train_settings(folder), model)
     if isinstance(source, data.World):
-        tokenizer = data.tokenizer_for(model.config)
-        line["on_shapes"] = on_shapes(model, tokenizer, source.held_out(16), source)
+        tokenizer, held_out = data.tokenizer_for(model.config), source.held_out(32)
+        line["on_shapes"] = on_shapes(model, tokenizer, held_out[:16], source)
+        if not source.asks:
+            readings = read(model, tokenizer, held_out, threshold=0.0)
+            right = chain(*(reading.right.values() for reading in readings))
+            line["reply_accuracy"] = fmean(chain(*right))
     with open(folder / "looks.jsonl", "a") as file:
         print(json.dumps(line), file=file)
 
@@ -268,6 +288,9 @@ def row_of(run: Path) -> dict:
     scores["seconds_per_step"] = round(median(step["seconds"] for step in steps), 4)
     if "tokens" in result:
         scores["flops_of_dense"] = answer_share(model.config, batch, result["tokens"])
+    seen = what_was_seen(run)
+    if seen["reply_accuracy_at"]:
+        scores["steps_to_95"] = round(steps_to(0.95, seen["reply_accuracy_at"]), 1)
     result["free_running"] = {name: float(value) for name, value in scores.items()}
     size = [p.numel() for p in model.parameters()]
     learnt = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -279,7 +302,7 @@ def row_of(run: Path) -> dict:
         "placement": model.config.keep,
         "learnt": sum(learnt),
         "flops_of_dense": share,
-        **what_was_seen(run),
+        **seen,
         **result,
     }
 
@@ -291,12 +314,28 @@ def read_lines(file: Path) -> list[dict]:
 
 
 def what_was_seen(run: Path) -> dict:
-    """Of looks.jsonl: peak memory, and step -> share of kept patches that show a shape."""
+    """Of looks.jsonl: peak memory; at each step the share of kept patches that show a shape, and
+    the share of the reply tokens that are right."""
     file = run / "looks.jsonl"
     looks = read_lines(file) if file.exists() else []
-    seen = [(line["step"], line["on_shapes"]) for line in looks if line.get("on_shapes")]
-    most = max([line["peak_memory"] for line in looks], default=0)
-    return {"peak_memory": most, "on_shapes_at": dict(seen)}
+    seen = {"peak_memory": max([line["peak_memory"] for line in looks], default=0)}
+    for name in ("on_shapes", "reply_accuracy"):
+        at = {line["step"]: line[name] for line in looks if line.get(name, {}) != {}}
+        seen[f"{name}_at"] = at
+    return seen
+
+
+def steps_to(goal: float, accuracy_at: dict[int, float]) -> float:
+    """The step at which the accuracy first reaches the goal, on the line between two looks
+
+    A run that never does counts with all its steps.
+    """
+    before, was = 0, 0.0
+    for step, accuracy in sorted(accuracy_at.items()):
+        if accuracy >= goal:
+            return before + (step - before) * (goal - was) / (accuracy - was)
+        before, was = step, accuracy
+    return before
 
 
 def first_batch(run: Path, model: VideoLM, settings: train.TrainConfig) -> data.Batch:

@@ -40,6 +40,7 @@ SCORES = (  # of benchmarks: title, key, form
 COSTS = (
     ("FLOPs of dense", "flops_of_dense", "{:.1%}"),
     ("of a dense step", "step_flops", "{:.1%}"),
+    ("steps to 95 %", "steps_to_95", "{:.0f}"),
 )
 SKIPPED = [key for _, key, _ in evaluation.METRICS].index("skipped")  # scores stand before it
 METRICS = (  # an indented title is in no table

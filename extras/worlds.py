@@ -3,7 +3,7 @@
     python -m extras.worlds         show what is asked and said in each
     python train.py --task scene    learn one
 
-scene: each word has to be found in the picture
+scene: several small shapes; each word has to be found among the patches
 forecast: the steps that follow are listed, as in Ego4D's long-term anticipation
 summary: the steps that were shown are listed
 """
@@ -14,50 +14,44 @@ from typing import ClassVar
 import numpy as np
 from numpy.random import Generator
 
-from data import COLOURS, DESCRIBE, Sample, Tokenizer, Turn, World, draw_thing
+from data import COLOURS, DESCRIBE, QUERY, Sample, Tokenizer, Turn, World, draw_thing
 from extras.scores import draw_candidates, forecast, numbered, top1, true_answers
 from model import VideoLM, parse, run_main
 
 # Each step is in one recipe, and each recipe has its own colour at each place.
 RECIPES = (
-    ("red disc", "white ring", "blue cross", "green disc", "black triangle", "yellow ring"),
-    ("yellow cross", "black disc", "red triangle", "white cross", "green ring", "blue triangle"),
-    ("blue ring", "green cross", "yellow disc", "red ring", "white triangle", "black cross"),
-    ("green triangle", "yellow triangle", "black ring", "blue disc", "red cross", "white disc"),
+    ("red disc", "white ring", "blue cross", "green disc", "pink triangle", "yellow ring"),
+    ("yellow cross", "pink disc", "red triangle", "white cross", "green ring", "blue triangle"),
+    ("blue ring", "green cross", "yellow disc", "red ring", "white triangle", "pink cross"),
+    ("green triangle", "yellow triangle", "pink ring", "blue disc", "red cross", "white disc"),
 )
 
 
 class Scene(World):
-    """Three to five shapes flash at once; the reply names their colours in reading order.
+    """One to six shapes flash at once, a patch each; the reply names them in reading order.
 
-    It begins with the colour named at the start of the stream, and goes on at the top after the
-    last. So for each word the model must find the colour it named last, then the next one.
+    So of the 36 patches of a frame a reply needs one to six, which change with every frame.
     """
 
-    task = "scene"
-    frames = 6
+    task, frames, grid = "scene", 4, 6
     defaults: ClassVar[dict] = {
-        "preset": "coarse",
         "muon_lr": 0.01,
         "adam_lr": 0.003,
-        "steps": 600,
-        "save_every": 60,
+        "steps": 300,
+        "save_every": 25,
     }
 
     def draw(self, frames: np.ndarray, rng: Generator, split: str) -> list[Turn]:
-        begin, *others = rng.permutation(list(COLOURS))
-        turns = [Turn(0, "user", f"Name the colours, from {begin} on.")]
+        turns = [Turn(0, "user", QUERY)]
         for number, frame in enumerate(frames):
             if rng.random() < 0.8:
-                others_here = rng.permutation(others)[: rng.integers(2, 5)]
-                colours = rng.permutation([begin, *others_here]).tolist()
-                cells = np.sort(rng.permutation(9)[: len(colours)])
+                said = ""
+                colours = rng.permutation(list(COLOURS))[: rng.integers(1, 7)].tolist()
+                cells = np.sort(rng.permutation(self.grid**2)[: len(colours)])
                 for colour, cell in zip(colours, cells, strict=True):
                     _, shape = draw_thing(rng)
-                    self.paint(frame, rng, colour, shape, *divmod(cell, 3))
-                first = colours.index(begin)
-                in_order = [*colours[first:], *colours[:first]]
-                said = "".join(f" {colour}" for colour in in_order)
+                    self.paint(frame, rng, colour, shape, *divmod(cell, self.grid))
+                    said += f" {colour} {shape}"
                 turns.append(Turn(number, "assistant", f"{said}."))
         return turns
 

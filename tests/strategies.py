@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mod import GATES, MASKED, Groups
+from mod import GATES, MASKED, WEIGHED, Groups
 from model import ROUTERS, Config, VideoLM, initialise, write_json
 from train import provenance
 
@@ -130,13 +130,13 @@ class Watch(NamedTuple):
 
 @st.composite
 def watches(draw, max_streams=3, together=False, max_chunks=4, ratios=RATIOS, **fixed) -> Watch:
-    """Any placement, router, gate and masking, unless fixed; chunks of 0 to 3 units a stream.
+    """Any placement, router, gate, weighing and masking, unless fixed; chunks of 0 to 3 units a stream.
 
     together: in a chunk all streams get text, or a frame and text, and some of them nothing
     """
     chosen = {"pool": draw(st.integers(1, 2)), "router": draw(st.sampled_from(ROUTERS)),
               "gate": draw(st.sampled_from(sorted(GATES))), "masked": draw(st.sampled_from(sorted(MASKED))),
-              "num_key_value_heads": draw(st.sampled_from([1, 2]))}
+              "weigh": draw(st.sampled_from(WEIGHED)), "num_key_value_heads": draw(st.sampled_from([1, 2]))}
     keep, B = tuple(draw(st.lists(ratios, min_size=1, max_size=4))), draw(st.integers(1, max_streams))
     model = tiny(keep, draw(SEEDS), draw(st.sampled_from(DEVICES)), **chosen | fixed)
     few = st.lists(st.just(False), max_size=2)

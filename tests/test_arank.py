@@ -65,7 +65,11 @@ def test_an_eighth_of_the_layers_stays_dense_and_at_most_four(layers, dense):  #
 @given(SEEDS, st.integers(1, 40), st.integers(1, 41))
 def test_the_highest_ranks_stay_dense_and_ties_go_to_the_earlier_layer(seed, layers, dense_layers):
     ranks = integers(seed, 0, 5, layers).tolist()
+    if dense_layers > layers:
+        with pytest.raises(ValueError, match=f"dense_layers must be at most {layers}, got {dense_layers}"):
+            rank_placement(ranks, 0.5, dense_layers)
+        return
     keep = rank_placement(ranks, 0.5, dense_layers)
     dense = [layer for layer, r in enumerate(keep) if r == 1]
-    assert len(dense) == min(layers, dense_layers) and set(keep) <= {1.0, 0.5}
+    assert len(dense) == dense_layers and set(keep) <= {1.0, 0.5}
     assert dense == sorted(sorted(range(layers), key=lambda layer: (-ranks[layer], layer))[: len(dense)])

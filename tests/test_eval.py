@@ -49,7 +49,7 @@ def test_turns_are_cut_at_the_true_replies_and_a_silent_model_is_waited_for(monk
 def test_free_running_is_scored_on_exactly_what_the_model_heard(monkeypatch, opening):
     monkeypatch.setattr(TOKENIZER, "opening", opening)
     monkeypatch.setattr(evaluation.Watcher.__init__, "__defaults__", (0.0, 0, 5))  # 5 tokens a reply
-    config = Config(vocab_size=len(TOKENIZER), image_size=16, pool=2, keep=(0.2,) * 4)
+    config = Config(vocab_size=len(TOKENIZER), image_size=16, pool=2, num_hidden_layers=4, keep=(0.2,) * 4)
     model = initialise(VideoLM(config), 1).double()
     samples = World(size=16).held_out(3)
     samples[1] = cut(samples[1], 5, 5)
@@ -64,7 +64,7 @@ def test_free_running_is_scored_on_exactly_what_the_model_heard(monkeypatch, ope
 
 
 def test_what_is_read_is_what_the_model_says_of_each_token_and_the_shares_are_counted(monkeypatch):
-    config = Config(vocab_size=len(TOKENIZER), image_size=16, pool=2, keep=(0.2,) * 4)
+    config = Config(vocab_size=len(TOKENIZER), image_size=16, pool=2, num_hidden_layers=4, keep=(0.2,) * 4)
     model, samples = initialise(VideoLM(config), 1).double().requires_grad_(False), World(16).held_out(3)
     b, out = evaluation.hear(model, TOKENIZER, samples)
     for sample, reading, tokens, hidden in zip(
@@ -138,8 +138,8 @@ def test_a_name_in_the_picture_is_drawn_letter_by_letter():
     assert len(shapes) == len(evaluation.GLYPHS) and evaluation.GLYPHS.keys() >= set("layer 0123456789")
 
 
-def test_what_a_router_looks_at_is_counted_against_chance():
-    config = Config(vocab_size=len(TOKENIZER), keep=(0.5, 1.0, 0.0, 0.5))
+def test_what_a_router_looks_at_is_counted_against_chance_and_against_the_most():
+    config = Config(vocab_size=len(TOKENIZER), num_hidden_layers=4, keep=(0.5, 1.0, 0.0, 0.5))
     world, net = World(48), initialise(VideoLM(config), 0)
     samples = world.held_out(4)
     b, _ = evaluation.hear(net, TOKENIZER, samples)
@@ -152,7 +152,8 @@ def test_what_a_router_looks_at_is_counted_against_chance():
     some = shown[shown.sum(2) > 0].float()
     assert looked["chance"] == pytest.approx(float(some.mean()))
     best = some.sum(1).clamp(max=18).sum() / (18 * len(some))  # of 19 of 37 kept, one is CLS
-    assert looked["layer 0"] == looked["layer 3"] == pytest.approx(float(best)) and len(looked) == 3
+    assert looked["layer 0"] == looked["layer 3"] == looked["at most"] == pytest.approx(float(best))
+    assert looked.keys() == {"layer 0", "layer 3", "at most", "chance"}
     dense = initialise(VideoLM(Config(vocab_size=len(TOKENIZER))), 0)
     assert on_shapes(dense, TOKENIZER, samples, world) == {}
 

@@ -36,7 +36,7 @@ def test_masked_text_belongs_to_no_group_and_all_else_to_that_of_the_image(syste
 
 @pytest.mark.parametrize("masked", sorted(MASKED))
 def test_a_decision_to_speak_is_made_without_what_is_then_said(masked):
-    config = Config(vocab_size=len(TOKENIZER), keep=(0.5,) * 4, router="shared", masked=masked)
+    config = Config(vocab_size=len(TOKENIZER), num_hidden_layers=4, keep=(0.5,) * 4, router="shared", masked=masked)
     model, silent = initialise(VideoLM(config), 0).double(), data.World(48, frames=2).held_out(1)[0]
     hidden = []
     for said in ([], [Turn(1, "assistant", "A red disc.")]):
@@ -73,7 +73,7 @@ class Asks(World):
 @pytest.mark.parametrize("masked", sorted(MASKED))
 def test_an_answer_given_token_by_token_is_that_of_one_pass_over_the_same_groups(masked, world):
     tokenizer = Tokenizer(())  # of bytes only: what is said is re-read as the same tokens
-    config = Config(vocab_size=len(tokenizer), image_size=16, pool=2, keep=(0.5, 1.0, 0.2, 0.5),
+    config = Config(vocab_size=len(tokenizer), image_size=16, pool=2, num_hidden_layers=4, keep=(0.5, 1.0, 0.2, 0.5),
                     router="shared", masked=masked)
     model = initialise(VideoLM(config), 1).double().requires_grad_(False)
     samples = world.held_out(3)
@@ -96,8 +96,9 @@ def test_an_answer_given_token_by_token_is_that_of_one_pass_over_the_same_groups
 
 
 def test_each_flag_of_routing_changes_what_is_computed():
-    flags = [{}, {"plan": "all"}, {"plan": "dense"}, {"keep": 0.5}, {"router": "random"},
-             {"router": "uniform"}, {"router": "shared"}, {"gate": "linear"}, {"gate": "unit"},
+    flags = [{}, {"plan": "all"}, {"plan": "all", "router": "shared"}, {"plan": "dense"}, {"keep": 0.5}, {"router": "random"},
+             {"router": "uniform"}, {"gate": "linear"}, {"gate": "sigmoid"},
+             {"weigh": "update+values"},
              *({"masked": name} for name in MASKED if name != "text")]
     heard = []
     for given_flags in flags:

@@ -51,6 +51,14 @@ def test_the_loss_has_both_terms_and_the_routing_loss_reaches_the_routers(seed, 
     assert all(gradient.abs().max() > 0 for gradient in reached) or weight == 0
 
 
+@given(SEEDS, st.sampled_from(["update", "update+values"]))
+def test_a_router_learns_in_each_layer_but_in_the_last_only_if_values_are_weighed(seed, weigh):
+    model = tiny((0.5, 1.0, 0.2), seed, "cpu", vocab_size=len(TOKENIZER), weigh=weigh).requires_grad_()
+    train.batch_loss(model, ready(model, seed), 1.0, 0.0).sum().backward()
+    learns = [bool(router.weight.grad.abs().max() > 0) for router in model.routers.values()]
+    assert learns == [True, weigh == "update+values"]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_gradients_are_clipped_before_they_are_used_and_the_rate_is_set_before(seed, monkeypatch, tmp_path):
     cfg, used, rates = train.TrainConfig(out=str(tmp_path), steps=1, batch=2, seed=seed), [], []

@@ -26,14 +26,14 @@ def turned(vector, position, theta):
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()])
 
 
-def block_of(block, c, rows: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+def block_of(block, c, rows: dict[int, torch.Tensor], value_weight: dict) -> dict[int, torch.Tensor]:
     """Rows by position -> the same after the block: each token sees itself and the earlier of those listed"""
     a, d, shared = block.self_attn, c.head_dim, c.num_attention_heads // c.num_key_value_heads
     keys, values, out = {}, {}, {}
     for t, x in rows.items():
         normed = norm(block.input_layernorm, x)
         keys[t] = [turned(k, t, c.rope_theta) for k in (a.k_proj.weight @ normed).split(d)]
-        values[t] = (a.v_proj.weight @ normed).split(d)
+        values[t] = (value_weight[t] * (a.v_proj.weight @ normed)).split(d)
         heads = []
         for h, q in enumerate((a.q_proj.weight @ normed).split(d)):
             q, seen = turned(q, t, c.rope_theta), [j for j in rows if j <= t]
@@ -77,7 +77,8 @@ def reference(model, tokens, frames, group, late, seed):
                 if not late[members[i]] or score[i] >= 0:
                     learned = c.router in LEARNED
                     weight[members[i]] = WEIGHT[c.gate](score[i]) if learned else 1.0
-        update = block_of(block, c, {t: x[t] for t in sorted(weight)})
+        value_weight = weight if c.weigh == "update+values" else dict.fromkeys(weight, 1.0)
+        update = block_of(block, c, {t: x[t] for t in sorted(weight)}, value_weight)
         x = [x[t] + weight[t] * (update[t] - x[t]) if t in weight else x[t] for t in range(len(x))]
         kept_in.append([t in weight for t in range(len(x))])
     return torch.stack(x), kept_in

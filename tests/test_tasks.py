@@ -122,7 +122,7 @@ def test_held_out_clips_are_others_where_there_are_some(tmp_path):
 
 @torch.no_grad()
 def test_features_go_the_way_of_the_frames_they_stand_for():
-    config = replace(preset("tiny"), vocab_size=len(Tokenizer()), keep=(1.0, 0.2) * 2)
+    config = replace(preset("tiny"), vocab_size=len(Tokenizer()), keep=(1.0, 0.2, 1.0))
     model = initialise(VideoLM(config), 0).double()
     a, b = World(48, frames=4).held_out(2)
     asked = [Turn(0, "user", "What?"), Turn(1, "assistant", "A")]

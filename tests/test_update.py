@@ -10,19 +10,19 @@ from strategies import SEEDS, normal, routings, watches
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mod
-from mod import GATES, Groups
+from mod import GATES, WEIGHED, Groups
 from model import rotations
 
-GATE = st.sampled_from(sorted(GATES))
+GATE, WEIGH = st.sampled_from(sorted(GATES)), st.sampled_from(WEIGHED)
 
 
-@given(routings(), SEEDS, GATE, st.sampled_from([0.0, torch.inf, torch.nan]))
-def test_a_skipped_token_keeps_every_bit_and_an_empty_update_changes_nothing(case, seed, gate, update):
+@given(routings(), SEEDS, GATE, WEIGH, st.sampled_from([0.0, torch.inf, torch.nan]))
+def test_a_skipped_token_keeps_every_bit_and_an_empty_update_changes_nothing(case, seed, gate, weigh, update):
     x = normal(seed, *case.score.shape, 3).to(case.score.device)
     x[normal(seed + 1, *x.shape) > 1] = -0.0
     position = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-    y, keep = mod.routed_update(lambda rows, *_: rows + update, x, case.score, case.groups, case.r,
-                                GATES[gate], position, position)
+    y, keep = mod.routed_update(lambda rows, *_: rows + update, x, case.score, GATES[gate](case.score), case.groups,
+                                case.r, weigh, position, position)
     assert torch.equal(keep, mod.select(case.score, case.groups, case.r))
     assert torch.equal(y[~keep].view(torch.int64), x[~keep].view(torch.int64))  # bits: -0.0 is not 0.0
     if update == 0:
@@ -31,27 +31,28 @@ def test_a_skipped_token_keeps_every_bit_and_an_empty_update_changes_nothing(cas
         assert not y[keep & (case.id < 0)].isfinite().any()
 
 
-def mixes(rows, positions):
-    """A causal block of one stream, in which every row depends on its position and on all before it"""
+def mixes(rows, positions, value_weight):
+    """A causal block of one stream: each row depends on its position, and on all before it as they are weighed"""
     at = torch.as_tensor(positions, dtype=rows.dtype, device=rows.device)[:, None]
-    return torch.sin(rows.cumsum(0) + at) if len(rows) else rows
+    values = [row * w for row, w in zip(rows, value_weight, strict=True)]
+    return torch.sin(rows + torch.stack(values).cumsum(0) + at) if values else rows
 
 
-@given(routings(), SEEDS, GATE)
-def test_the_fast_path_is_the_definition_in_value_choice_and_gradient(case, seed, gate):
+@given(routings(), SEEDS, GATE, WEIGH)
+def test_the_fast_path_is_the_definition_in_value_choice_and_gradient(case, seed, gate, weigh):
     groups = Groups.plan(case.id.cpu(), (case.r,), case.real.cpu()).to(case.score.device)  # no late token
     x = normal(seed, *case.score.shape, 3).to(case.score.device).requires_grad_()
     score = case.score.detach().clone().requires_grad_()
     position = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
 
-    def block(rows, at, *_):
-        return torch.stack([mixes(row, p) for row, p in zip(rows, at.clamp(max=10**6), strict=True)])
+    def block(rows, at, rope, value_weight, cache):
+        value_weight = torch.ones_like(at) if value_weight is None else value_weight
+        return torch.stack([*map(mixes, rows, at.clamp(max=10**6), value_weight)])
 
-    fast, keep = mod.routed_update(block, x, score, groups, case.r, GATES[gate] if case.r < 1 else torch.ones_like,
-                                   position, position)
+    fast, keep = mod.routed_update(block, x, score, GATES[gate](score), groups, case.r, weigh, position, position)
     for b in range(len(x)):
         n = int(case.real[b].sum())
-        args = x[b, :n], score[b, :n], case.id[b, :n].tolist(), case.r, GATES[gate]
+        args = x[b, :n], score[b, :n], case.id[b, :n].tolist(), case.r, GATES[gate], weigh
         slow, kept = mod.routed_layer(mixes, *args)
         assert keep[b].nonzero()[:, 0].tolist() == kept
         torch.testing.assert_close(fast[b, :n], slow, rtol=1e-9, atol=1e-9)

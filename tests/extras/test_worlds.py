@@ -16,7 +16,7 @@ from model import VideoLM, initialise, preset
 
 
 def tiny() -> VideoLM:
-    config = replace(preset("tiny"), vocab_size=len(Tokenizer()), keep=(1.0, 0.2) * 2)
+    config = replace(preset("tiny"), vocab_size=len(Tokenizer()), keep=(1.0, 0.2, 1.0))
     return initialise(VideoLM(config), 0).double()
 
 

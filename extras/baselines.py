@@ -1,0 +1,77 @@
+"""Two selections to compare a learned router with. `extras/sweep.py` trains them.
+
+There is no command.
+"""
+
+import math
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+import mod
+from mod import Groups
+from model import Block, Cache, VideoLM
+
+
+class RandomSelection(VideoLM):
+    """The control: tokens are chosen at random, and weighed by learned gates all the same.
+
+    If a rule owes its lead to what the gates weigh, and not to what is chosen, this has it too.
+    """
+
+    def run_layer(
+        self,
+        layer: int,
+        x: Tensor,
+        position: Tensor,
+        rope: Tensor,
+        groups: Groups,
+        seed: Tensor,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        drawn, select = mod.random_score(position, layer, seed), mod.select
+        with patch.object(mod, "select", lambda score, *how: select(drawn, *how)):
+            return super().run_layer(layer, x, position, rope, groups, seed, cache)
+
+
+class AMoD(VideoLM):
+    """Tokens are chosen by the attention that they got in the last dense layer.   arXiv 2412.20875
+
+    Only attention within a group counts, so the choice is known when the group has arrived, and
+    streaming stays exact. Nothing is learned: `--router random`, whose weights are 1.
+    """
+
+    def run_layer(
+        self,
+        layer: int,
+        x: Tensor,
+        position: Tensor,
+        rope: Tensor,
+        groups: Groups,
+        seed: Tensor,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if self.config.keep[layer] == 1:
+            self.got = attention_got(self.layers[layer], x, rope, groups)
+        return super().run_layer(layer, x, position, rope, groups, seed, cache)
+
+    def score(self, *given: object) -> Tensor:
+        return self.got
+
+
+@torch.no_grad()
+def attention_got(block: Block, x: Tensor, rope: Tensor, groups: Groups) -> Tensor:
+    """(B, T) the attention that a token gets from its group, less what even attention would give
+
+    Mean over heads, sum over queries. Without "less", early tokens, which more queries see, win.
+    """
+    q, k, _ = block.self_attn.heads(block.input_layernorm(x), rope)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, T, d)
+    seen = (groups.id[:, :, None] == groups.id[:, None]).tril()  # (B, T, T)
+    maps = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen[:, None], -math.inf).softmax(-1)
+    even = seen / seen.sum(-1, keepdim=True)
+    return (maps.mean(1) - even).sum(1)
+
+
+MODELS = {"RANDOM-SELECTION": RandomSelection, "A-MOD": AMoD}  # words of a row of a sweep
