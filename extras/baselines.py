@@ -1,4 +1,4 @@
-"""Two selections to compare a learned router with. `extras/sweep.py` trains them.
+"""Two selections and a placement to compare with. `extras/sweep.py` trains them.
 
 There is no command.
 """
@@ -70,8 +70,20 @@ def attention_got(block: Block, x: Tensor, rope: Tensor, groups: Groups) -> Tens
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, T, d)
     seen = (groups.id[:, :, None] == groups.id[:, None]).tril()  # (B, T, T)
     maps = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen[:, None], -math.inf).softmax(-1)
-    even = seen / seen.sum(-1, keepdim=True)
+    even = seen.to(maps.dtype) / seen.sum(-1, keepdim=True)
     return (maps.mean(1) - even).sum(1)
 
 
-MODELS = {"RANDOM-SELECTION": RandomSelection, "A-MOD": AMoD}  # words of a row of a sweep
+def worst_placement(
+    ranks: list[float], keep_ratio: float, dense_layers: int = 0
+) -> tuple[float, ...]:
+    """`mod.rank_placement` turned round: the layers of the lowest ARank stay dense."""
+    return mod.rank_placement([-rank for rank in ranks], keep_ratio, dense_layers)
+
+
+# Words of a row of a sweep, and what they put in the place of train.py's and model.py's names
+VARIANTS = {
+    "RANDOM-SELECTION": ("VideoLM", RandomSelection),
+    "A-MOD": ("VideoLM", AMoD),
+    "WORST": ("rank_placement", worst_placement),
+}

@@ -17,7 +17,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from statistics import fmean, median
 from typing import ClassVar
@@ -28,8 +28,9 @@ import data
 import model as core
 import train
 from eval import on_shapes, read
-from extras.baselines import MODELS
+from extras.baselines import VARIANTS
 from extras.cost import flops, muon_matrices, step_flops
+from mod import WEIGHED
 from model import (
     Config,
     VideoLM,
@@ -45,7 +46,7 @@ from model import (
 ROOT = Path(__file__).resolve().parents[1]
 
 # The rows of each table, and the flags of train.py that make them. DENSE stands for the dense run
-# of the same seed, which is the first row. Other words in capitals are of baselines.MODELS.
+# of the same seed, which is the first row. Other words in capitals are of baselines.VARIANTS.
 TWO_ROWS = """
     dense                --plan dense
     interleaved          --plan interleaved"""
@@ -73,21 +74,21 @@ SWEEPS = {
         values-sigmoid       --plan interleaved --weigh update+values --gate sigmoid
         update-sigmoid       --plan interleaved --weigh update --gate sigmoid""",
     "vqa": """
-        dense                --plan dense
-        dense-converted      --init DENSE --plan dense
-        arank                --init DENSE --plan arank
-        interleaved          --init DENSE --plan interleaved
-        two-of-three         --init DENSE --plan two-of-three
-        all                  --init DENSE --plan all
-        all-none             --init DENSE --plan all --masked none
-        arank-none           --init DENSE --plan arank --masked none
-        arank-question       --init DENSE --plan arank --masked question
-        arank-unshared       --init DENSE --plan arank --router learned
-        arank-0.83           --init DENSE --plan arank --keep 0.83
-        arank-0.66           --init DENSE --plan arank --keep 0.66
-        arank-0.49           --init DENSE --plan arank --keep 0.49
-        arank-0.32           --init DENSE --plan arank --keep 0.32""",
+        dense                   --plan dense
+        dense-converted         --init DENSE --plan dense
+        arank-4                 --init DENSE --plan arank --dense_layers 4
+        interleaved-4           --init DENSE --plan interleaved
+        worst-4                 --init DENSE --plan arank --dense_layers 4 WORST
+        arank-5                 --init DENSE --plan arank --dense_layers 3
+        two-of-three-5          --init DENSE --plan two-of-three
+        worst-5                 --init DENSE --plan arank --dense_layers 3 WORST
+        worst-7                 --init DENSE --plan arank WORST""",
 }
+# ... and on ARank's placement each rule, one router for all layers or one a layer, and each mask
+for rule in product(WEIGHED, ("shared", "learned"), ("none", "question", "question+answer")):
+    weigh, router, masked = rule
+    flags = f"--plan arank --weigh {weigh} --router {router} --masked {masked}"
+    SWEEPS["vqa"] += f"\n{'-'.join(rule)} --init DENSE {flags}"
 
 
 def rows_of(name: str) -> list[list[str]]:
@@ -124,8 +125,8 @@ class Sweep:
 
     def command(self, run: Path, flags: list[str], seed: int) -> list[str]:
         """The command that trains a run, or goes on with it. flags: of its row"""
-        argv, models = [f"--out={run}"], [flag for flag in flags if flag in MODELS]
-        flags = [flag for flag in flags if flag not in MODELS]
+        argv, variants = [f"--out={run}"], [flag for flag in flags if flag in VARIANTS]
+        flags = [flag for flag in flags if flag not in VARIANTS]
         if (run / "model.safetensors").exists():
             argv.append("--resume")
         else:
@@ -135,7 +136,7 @@ class Sweep:
             argv.append(f"--seed={seed}")
             argv += [f"--{flag}={value}" for flag, value in self.flags.items()]
         argv.append(f"--device={self.device}")
-        return [sys.executable, "-m", "extras.sweep", "--row", *models, *argv]
+        return [sys.executable, "-m", "extras.sweep", "--row", *variants, *argv]
 
     def train_seed(self, seed: int) -> None:
         """Train the rows of a seed in order: the dense run is first, and others start from it."""
@@ -185,10 +186,12 @@ def leave(*signal_and_frame: object) -> None:
 def train_row(argv: list[str]) -> None:
     """Do what train.py does with these flags, and look at the model at each of its checkpoints.
 
-    argv: may begin with a name in baselines.MODELS, whose model then takes the place of VideoLM
+    argv: may begin with a word of baselines.VARIANTS, which holds for this process
     """
-    if argv[0] in MODELS:
-        train.VideoLM = core.VideoLM = MODELS[argv[0]]
+    if argv[0] in VARIANTS:
+        name, other = VARIANTS[argv[0]]
+        setattr(train, name, other)
+        setattr(core, name, other)
         argv = argv[1:]
     checkpoint = train.checkpoint
 

@@ -1,6 +1,6 @@
-"""The tables and charts of the results, from JSON to Markdown and SVG.
+"""The tables and the chart of the results, from JSON to Markdown and SVG.
 
-    python -m extras.tables        renew the READMEs' tables and the charts
+    python -m extras.tables        renew the READMEs' tables and the chart
     python -m extras.tables DIR    table a folder of runs, also in DIR.json
     python -m extras.tables --compare FILE.json ROW ROW  how far they differ
 
@@ -237,27 +237,37 @@ def read_rows(file: Path) -> list[dict]:
     return rows
 
 
+COMPARED = (  # what `compare` speaks of: title, key, size and name of its unit
+    ("LM-Correctness", "lm_correctness", 100, "points"),
+    ("answers right", "accuracy", 100, "points"),
+    ("steps to 95 %", "steps_to_95", 1, "steps"),
+)
+
+
 def compare(rows: list[dict], name: str, base: str) -> str:
-    """How far a run is from another, seed by seed, in a sentence."""
+    """How far a run is from another, seed by seed: a sentence for each thing to compare."""
     runs = by_run(rows)
     for row in (name, base):
         check_run(row, runs)
-    mine, other = runs[name], runs[base]
-    title, key = "LM-Correctness", "lm_correctness"
-    if key not in next(iter(mine.values()))["free_running"]:
-        title, key = "answers right", "accuracy"
-    apart = []
-    for seed in sorted(mine.keys() & other.keys()):
-        apart.append(mine[seed]["free_running"][key] - other[seed]["free_running"][key])
-    if len(apart) < 2:
-        raise ValueError(f"{name} and {base} must have two seeds in common, got {len(apart)}")
-    mean, error = mean_of(apart)
-    p = students_p(apart)
-    shown = f"{p:.3f}" if p >= 0.0005 else "< 0.001"
-    return (
-        f"{name} is {100 * mean:+.1f} ± {100 * error:.1f} points from {base} in {title}: "
-        f"mean and standard error over {len(apart)} seeds, p {shown} of a paired t-test"
-    )
+    seeds = sorted(runs[name].keys() & runs[base].keys())
+    if len(seeds) < 2:
+        raise ValueError(f"{name} and {base} must have two seeds in common, got {len(seeds)}")
+    said = []
+    for title, key, size, unit in COMPARED:
+        apart = []
+        for seed in seeds:
+            mine, other = (runs[row][seed]["free_running"] for row in (name, base))
+            if key in mine:
+                apart.append(size * (mine[key] - other[key]))
+        if apart:
+            mean, error = mean_of(apart)
+            p = students_p(apart)
+            shown = f"{p:.3f}" if p >= 0.0005 else "< 0.001"
+            said.append(
+                f"{name} is {mean:+.1f} ± {error:.1f} {unit} from {base} in {title}: "
+                f"mean and standard error over {len(apart)} seeds, p {shown} of a paired t-test"
+            )
+    return "\n".join(said)
 
 
 def students_p(apart: list[float]) -> float:
@@ -368,47 +378,39 @@ def draw_curve(curve: Curve, x_axis: Axis, y_axis: Axis, colour: str) -> list[st
     return [f'<g stroke="{colour}">{joined}', *points, "</g>"]
 
 
-def charts(rows: list[dict]) -> dict[str, str]:
-    """The charts of the sweep `scene`: name of a file -> SVG"""
+LOOKED_AT = ("interleaved-values", "interleaved-update", "all-values")  # rows of router.svg
+
+
+def looks_chart(rows: list[dict]) -> str:
+    """Of the sweep `scene`: what the routed layers keep over training, as an SVG"""
     runs = {name: list(same.values()) for name, same in by_run(rows).items()}
-    quality: dict[str, Curve] = {}
-    for name, same in runs.items():
-        right = [row["free_running"]["lm_correctness"] for row in same]
-        quality[name] = [(same[0]["flops_of_dense"], *mean_of(right))]
-    looks: dict[str, Curve] = {}
-    for step, shares in runs["interleaved"][0]["on_shapes_at"].items():
-        for where in shares:
-            found = [row["on_shapes_at"][step][where] for row in runs["interleaved"]]
-            looks.setdefault(where, []).append((int(step), *mean_of(found)))
-    return {
-        "quality.svg": chart(
-            "Quality against cost",
-            "FLOPs of a training step, dense = 100%",
-            "LM-Correctness",
-            quality,
-        ),
-        "router.svg": chart(
-            "Kept patches that show a shape, interleaved, keep 0.2",
-            "training step",
-            "share of the kept patches",
-            looks,
-        ),
-    }
+    curves: dict[str, Curve] = {}
+    for name in LOOKED_AT:
+        for step, shares in runs[name][0]["on_shapes_at"].items():
+            for where in shares:
+                found = [row["on_shapes_at"][step][where] for row in runs[name]]
+                curve = f"{name}, {where}" if where.startswith("layer") else where
+                curves.setdefault(curve, {})[step] = (int(step), *mean_of(found))
+    return chart(
+        "Kept patches that show a shape, keep 0.2",
+        "training step",
+        "share of the kept patches",
+        {name: list(points.values()) for name, points in curves.items()},
+    )
 
 
 # --- command line ---------------------------------------------------------------------------------
 
 
 def renew(root: Path) -> None:
-    """Renew the tables of both READMEs and the charts in assets/."""
+    """Renew the tables of both READMEs and the chart in assets/."""
     for page in (root / "README.md", root / "results" / "README.md"):
         text = render(page.read_text(), root / "results")
         write_text(page, text)
         print(f"{page}: {len(MARKED.findall(text))} tables")
     scenes = root / "results" / "scene.json"
     if scenes.exists():
-        for name, picture in charts(json.loads(scenes.read_text())).items():
-            write_text(root / "assets" / name, picture)
+        write_text(root / "assets" / "router.svg", looks_chart(json.loads(scenes.read_text())))
 
 
 def write_text(file: Path, text: str) -> None:

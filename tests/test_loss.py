@@ -17,8 +17,8 @@ from model import prepare, streaming_loss
 TOKENIZER = data.Tokenizer()
 
 
-def ready(model, seed):
-    batch = data.collate(data.World(8, 3).batch(seed, 0, 2), model.config, TOKENIZER)
+def ready(model, seed, size=8):
+    batch = data.collate(data.World(size, 3).batch(seed, 0, 2), model.config, TOKENIZER)
     return prepare(batch, model.config, torch.device("cpu"))
 
 
@@ -57,6 +57,16 @@ def test_a_router_learns_in_each_layer_but_in_the_last_only_if_values_are_weighe
     train.batch_loss(model, ready(model, seed), 1.0, 0.0).sum().backward()
     learns = [bool(router.weight.grad.abs().max() > 0) for router in model.routers.values()]
     assert learns == [True, weigh == "update+values"]
+
+
+@pytest.mark.parametrize("weigh", ["update", "update+values"])
+@pytest.mark.parametrize("plan", ["interleaved", "all"])
+def test_the_routers_of_the_default_model_learn_in_the_first_step_but_that_of_the_last_layer(plan, weigh):
+    model = train.build(train.TrainConfig(plan=plan, weigh=weigh))
+    train.batch_loss(model, ready(model, 0, 48), 1.0, 0.0).sum().backward()
+    learns = {layer: bool(router.weight.grad.abs().max() > 0) for layer, router in model.routers.items()}
+    last = {"2": weigh == "update+values"}  # nobody reads what vision tokens become there
+    assert learns == ({"1": True} if plan == "interleaved" else {"0": True, "1": True} | last)
 
 
 @pytest.mark.parametrize("seed", range(3))

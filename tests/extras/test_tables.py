@@ -157,25 +157,16 @@ def test_a_chart_shows_each_curve_inside_its_frame_and_no_two_names_at_one_place
     assert "nan" not in one and "inf" not in one and ElementTree.fromstring(one) is not None
 
 
-def test_the_charts_of_a_sweep_have_a_point_a_row_and_a_curve_a_routed_layer():
-    looks = {"40": {"layer 1": 0.5, "chance": 0.3}, "80": {"layer 1": 0.6, "chance": 0.3}}
-    rows = [
-        {
-            "run": f"{name}-seed{seed}",
-            "seed": seed,
-            "flops_of_dense": 0.7,
-            "free_running": {"lm_correctness": 0.9 + seed / 100},
-            "on_shapes_at": looks,
-        }
-        for name in ("dense", "interleaved")
-        for seed in range(2)
-    ]
-    made = tables.charts(rows)
-    assert made["quality.svg"].count("<circle") == 2 and made["router.svg"].count("<circle") == 4
-    assert "layer 1" in made["router.svg"] and "chance" in made["router.svg"]
+def test_the_chart_of_a_sweep_has_a_curve_a_routed_layer_of_each_row_and_what_limits_them():
+    looks = {"40": {"layer 1": 0.5, "at most": 0.6, "chance": 0.3}, "80": {"layer 1": 0.6, "at most": 0.6, "chance": 0.3}}
+    rows = [{"run": f"{name}-seed{seed}", "seed": seed, "free_running": {}, "on_shapes_at": looks}
+            for name in ("dense", *tables.LOOKED_AT) for seed in range(2)]
+    made = tables.looks_chart(rows)
+    assert made.count("<circle") == 2 * (3 + 2)  # two looks; a layer of three rows, at most, chance
+    assert all(f">{name}, layer 1<" in made for name in tables.LOOKED_AT) and ">chance<" in made
 
 
-def test_the_tables_and_charts_of_the_repository_are_renewed_in_place(tmp_path):
+def test_the_tables_and_the_chart_of_the_repository_are_renewed_in_place(tmp_path):
     for folder in ("results", "assets"):
         (tmp_path / folder).mkdir()
     (tmp_path / "results" / "scene.json").write_text((ROOT / "results" / "scene.json").read_text())
@@ -185,5 +176,4 @@ def test_the_tables_and_charts_of_the_repository_are_renewed_in_place(tmp_path):
     tables.renew(tmp_path)
     for file in (tmp_path / "README.md", tmp_path / "results" / "README.md"):
         assert "| `dense` | 95.6% ± 4.4% |" in file.read_text()
-    for name in ("quality.svg", "router.svg"):
-        assert (tmp_path / "assets" / name).read_text() == (ROOT / "assets" / name).read_text()
+    assert (tmp_path / "assets" / "router.svg").read_text() == (ROOT / "assets" / "router.svg").read_text()

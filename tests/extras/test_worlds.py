@@ -1,7 +1,9 @@
 """The worlds that stand in for benchmarks show what they say, and answers are drawn and scored."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_data import painted
@@ -22,18 +24,23 @@ def tiny() -> VideoLM:
 
 def test_a_scene_shows_exactly_what_it_says():
     for sample in Scene(48).held_out(20):
-        begin = sample.turns[0].text.split()[-2]
         said = {turn.frame: turn.text for turn in sample.turns if turn.role == "assistant"}
         for number, frame in enumerate(sample.frames):
-            in_order = []
-            for cell in range(9):
-                pixels = frame[16 * (cell // 3) :][:16, 16 * (cell % 3) :][:, :16]
-                for colour, rgb in data.COLOURS.items():
-                    if (pixels == rgb).all(2).sum() > 20:
-                        in_order.append(colour)
-            named = said.get(number, ".")[:-1].split()
-            at = in_order.index(begin) if in_order else 0
-            assert named == in_order[at:] + in_order[:at] and len(named) in (0, 3, 4, 5)
+            cells = frame.reshape(6, 8, 6, 8, 3).swapaxes(1, 2).reshape(36, 64, 3)
+            seen = [colour for cell in cells for colour, rgb in data.COLOURS.items() if (cell == rgb).all(1).sum() > 8]
+            words = said.get(number, ".")[:-1].split()
+            assert words[::2] == seen and set(words[1::2]) <= set(data.SHAPES) and len(words) == 2 * len(seen) <= 12
+
+
+def test_a_shape_of_a_scene_lies_in_one_patch_and_is_the_same_as_a_large_one():
+    rng, scene, world = np.random.default_rng(0), Scene(48), data.World(24)
+    for shape in data.SHAPES:
+        small, large = np.zeros((48, 48, 3)), np.zeros((24, 24, 3))  # cells of 8 pixels in both
+        scene.paint(small, SimpleNamespace(uniform=lambda *_: np.full(2, -0.5)), "red", shape, 2, 3)
+        said = world.paint(large, SimpleNamespace(uniform=lambda *_: np.full(2, -0.5)), "red", shape, 1, 1)
+        assert (small[16:24, 24:32] == large[8:16, 8:16]).all() and said == f"A red {shape}, middle centre."
+        scene.paint(small, rng, "red", shape, 5, 0)
+        assert small.any(2).nonzero()[0].max() >= 40 and (small.any(2)[:, 32:] == 0).all()
 
 
 @pytest.mark.parametrize("world", [Forecast(48), Summary(48)])
