@@ -280,7 +280,7 @@ class World(Source):
     def sample(self, seed: int, split: str, number: int) -> Sample:
         rng, S = default_rng([seed, split == "train", number]), self.size
         cells = S // 4 + 1
-        coarse = 18 * rng.normal(size=(1, cells, cells, 3))
+        coarse = 18 * rng.standard_normal((1, cells, cells, 3))
         texture = coarse.repeat(4, 1).repeat(4, 2)[:, :S, :S]  # the same in each frame
         frames = rng.standard_normal((self.frames, S, S, 3))
         frames *= 6  # in place, as below: drawing must cost little beside a step of training
@@ -331,15 +331,15 @@ class VQA(World):
 
     task, kind, asks, frames = "vqa", "held-out questions", True, 1
     defaults: ClassVar[dict] = {
-        "preset": "deep", "keep": 0.5, "router": "shared", "gate": "unit",
+        "preset": "deep", "keep": 0.5, "router": "shared", "weigh": "update",
         "masked": "question+answer", "routing_loss": 0.01, "muon_lr": 0.005, "adam_lr": 0.003,
-        "steps": 1200}
+        "steps": 600}
 
     def draw(self, frames: ndarray, rng: Generator, split: str) -> list[Turn]:
         shapes = rng.permutation(SHAPES)[:3]
         colours = rng.permutation(list(COLOURS))[:3]
         left = 3 * rng.integers(3) + rng.integers(2)  # two shapes are neighbours, one is anywhere
-        beside = (left, left + 1)
+        beside = left, left + 1
         alone = rng.choice([cell for cell in range(9) if cell not in beside])
         things = sorted(zip((*beside, alone), colours, shapes, strict=True))
         places = [self.paint(frames[0], rng, colour, shape, *divmod(cell, 3))

@@ -57,7 +57,7 @@ class Config:
     weigh: str = "update"
     masked: str = "text"
 
-    usual_flags: ClassVar[dict[str, float]] = {}  # of train.py, for models of this kind
+    usual_flags: ClassVar[dict[str, float | str]] = {}  # of train.py, for models of this kind
 
     def __post_init__(self) -> None:
         check_fields(self)

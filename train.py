@@ -83,7 +83,7 @@ class TrainConfig:
     keep: float = flag(0.2, "keep ratio r of the routed layers")
     router: str = flag("learned", f"what scores the tokens: {', '.join(ROUTERS)}")
     gate: str = flag("unit", f"turns a score into a weight: {', '.join(GATES)}")
-    weigh: str = flag("update", f"what the gate weighs: {', '.join(WEIGHED)}")
+    weigh: str = flag("update+values", f"what the gate weighs: {', '.join(WEIGHED)}")
     masked: str = flag("text", f"text that never skips: {', '.join(MASKED)}")
     routing_loss: float = flag(0.0, "weight of the routers' cross-entropy (gamma-MoD)")
     sigma: float = flag(1.0, "weight of a decision to speak, against a reply token")

@@ -130,7 +130,7 @@ def step_flops(
     batch: Batch,
     matrices: list[nn.Parameter],
     lora_rank: int = 0,
-    frozen_encoder: bool = False,
+    frozen_encoder: bool = True,
     checkpointing: bool = False,
 ) -> float:
     """FLOPs of a training step: forward, backward and optimizer.

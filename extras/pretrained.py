@@ -81,9 +81,12 @@ class PretrainedConfig(Config):
             self.must(name, getattr(self, name) in known, f"be one of {', '.join(known)}")
 
     @property
-    def usual_flags(self) -> dict[str, float]:
-        """The learning rate of the paper, where something pretrained learns"""
-        return {"adam_lr": 0.0002} if self.llm or self.train_vision or self.lora_rank else {}
+    def usual_flags(self) -> dict[str, float | str]:
+        """The papers' rule, and their learning rate where something pretrained learns"""
+        usual = {"weigh": "update"}
+        if self.llm or self.train_vision or self.lora_rank:
+            usual["adam_lr"] = 0.0002
+        return usual
 
     def make_tokenizer(self) -> data.Special:
         if self.llm:
@@ -100,7 +103,7 @@ class PretrainedConfig(Config):
     def frozen(self, name: str) -> bool:
         """Does a weight stay as it was read or drawn, whatever learns?"""
         if name.startswith("vision_model."):
-            return self.vision != "" and not self.train_vision
+            return not self.train_vision
         return self.lora_rank > 0 and not is_added(name)
 
     def borrowed(self, name: str) -> bool:
@@ -180,8 +183,9 @@ class PretrainedLM(VideoLM):
         return learn_in_float32(draw_missing(model, seed, self.norm.weight.device))
 
     def adapt_source(self, source: data.Source, folder: Path) -> data.Source:
-        """A frozen encoder encodes each clip once, into files of features/ beside the run."""
-        if self.config.frozen("vision_model.") and isinstance(source, Clips):
+        """A pretrained encoder that is frozen encodes each clip once, into files of features/ beside the run."""
+        c = self.config
+        if c.vision and c.frozen("vision_model.") and isinstance(source, Clips):
             source.encode = partial(encode_once, self, source, folder.parent / "features")
         return source
 

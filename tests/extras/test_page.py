@@ -48,8 +48,8 @@ def test_without_a_video_the_page_is_of_a_held_out_stream(run, tmp_path, capsys)
     page.main([str(run), "--out", str(tmp_path / "page.html"), "--device", "cpu"])
     stream = stream_of((tmp_path / "page.html").read_text())
     assert len(stream["frames"]) == Scene.frames == len(stream["said"])
-    assert stream["kept"].keys() == {"1", "3"} and stream["title"].startswith("Name the colours")
-    assert all(row.count("1") == 2 and len(row) == 10 for rows in stream["kept"].values() for row in rows)
+    assert stream["kept"].keys() == {"1"} and stream["title"].startswith("Narrate what you see")
+    assert all(row.count("1") == 7 and len(row) == 37 for rows in stream["kept"].values() for row in rows)
     assert f"a page of all {Scene.frames} frames" in capsys.readouterr().out
 
 

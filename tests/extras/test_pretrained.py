@@ -195,7 +195,7 @@ def test_a_run_of_an_earlier_version_is_the_same_model(tmp_path):
     models.save(tmp_path, net)
     (tmp_path / CONFIG).write_text(json.dumps(asdict(config) | OLD))
     again = models.load(tmp_path)
-    assert isinstance(again, PretrainedLM) and again.config.usual_flags == {}
+    assert isinstance(again, PretrainedLM) and again.config.usual_flags == {"weigh": "update"}
     samples = data.World(48).held_out(2)
     a, b = (evaluation.hear(m, data.tokenizer_for(m.config), samples)[1].hidden for m in (net, again))
     assert torch.equal(a, b) and not any(again.uses_muon(n, p) != net.uses_muon(n, p) for n, p in net.named_parameters())
@@ -323,4 +323,4 @@ def test_a_flag_of_folders_that_are_not_given_is_refused(flags, name):
 def test_a_run_without_folders_is_named_after_its_preset():
     cfg = PretrainedFlags(preset="coarse", pool=2)
     settings, net = pretrained.prepare_run(cfg, {"preset", "pool"})
-    assert settings.out == "out/coarse-narration-interleaved-0.2-seed0" and net.config.pool == 2
+    assert settings.out == "out/coarse-narration-update-seed0" and net.config.pool == 2

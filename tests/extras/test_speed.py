@@ -97,7 +97,7 @@ def test_the_step_that_is_measured_is_that_of_training_bit_for_bit(tmp_path):
     one_step(stepped, optimizers, prepare(batch, stepped.config, CPU))
     for name, t in stepped.state_dict().items():
         assert torch.equal(t, learnt.state_dict()[name]), name
-        assert not torch.equal(t, before[name]) or name.startswith("routers.3"), name
+        assert not torch.equal(t, before[name]) or name.startswith("vision_model."), name
 
 
 def test_gradient_checkpointing_changes_the_memory_and_nothing_else():
