@@ -83,10 +83,8 @@ class PretrainedConfig(Config):
     @property
     def usual_flags(self) -> dict[str, float | str]:
         """The papers' rule, and their learning rate where something pretrained learns"""
-        usual = {"weigh": "update"}
-        if self.llm or self.train_vision or self.lora_rank:
-            usual["adam_lr"] = 0.0002
-        return usual
+        rate = {"adam_lr": 0.0002} if self.llm or self.train_vision or self.lora_rank else {}
+        return {"weigh": "update"} | rate
 
     def make_tokenizer(self) -> data.Special:
         if self.llm:
@@ -183,9 +181,8 @@ class PretrainedLM(VideoLM):
         return learn_in_float32(draw_missing(model, seed, self.norm.weight.device))
 
     def adapt_source(self, source: data.Source, folder: Path) -> data.Source:
-        """A pretrained encoder that is frozen encodes each clip once, into files of features/ beside the run."""
-        c = self.config
-        if c.vision and c.frozen("vision_model.") and isinstance(source, Clips):
+        """A frozen encoder of a folder encodes each clip once, into features/ beside the run."""
+        if self.config.borrowed("vision_model.") and isinstance(source, Clips):
             source.encode = partial(encode_once, self, source, folder.parent / "features")
         return source
 
