@@ -195,9 +195,9 @@ def open_source(cfg: TrainConfig, model: VideoLM) -> Source:
 
 
 class Muon(Optimizer):
-    """Momentum, then the nearest matrix whose singular values are about 1.    arXiv 2502.16982
+    """Momentum, turned into a matrix whose singular values are all about 1 (Jordan, 2024).
 
-    As torch.optim.Muon, which computes in bfloat16 also where a CPU does that slowly.
+    As torch.optim.Muon, but in the type of the weights: bfloat16 is slow on many CPUs.
     """
 
     def __init__(self, parameters: list[Tensor], lr: float) -> None:
@@ -211,8 +211,8 @@ class Muon(Optimizer):
                 continue
             state = self.state[p]
             if not state:
-                state["momentum"] = torch.zeros_like(p)
-            momentum = state["momentum"].lerp_(p.grad, 0.05)
+                state["momentum_buffer"] = torch.zeros_like(p)
+            momentum = state["momentum_buffer"].lerp_(p.grad, 0.05)
             update = orthogonal(p.grad.lerp(momentum, 0.95))  # Nesterov
             rows, columns = p.shape
             p.sub_(group["lr"] * max(1, rows / columns) ** 0.5 * update)
