@@ -389,13 +389,14 @@ def looks_chart(rows: list[dict]) -> str:
         for step, shares in runs[name][0]["on_shapes_at"].items():
             for where in shares:
                 found = [row["on_shapes_at"][step][where] for row in runs[name]]
-                curve = f"{name}, {where}" if where.startswith("layer") else where
-                curves.setdefault(curve, {})[step] = (int(step), *mean_of(found))
+                curve = curves.setdefault(f"{name}, {where}", [])
+                curve.append((int(step), *mean_of(found)))
+    limits = [f"{name}, {limit}" for name in LOOKED_AT[1:] for limit in ("at most", "chance")]
     return chart(
         "Kept patches that show a shape, keep 0.2",
         "training step",
         "share of the kept patches",
-        {name: list(points.values()) for name, points in curves.items()},
+        {name: curve for name, curve in curves.items() if name not in limits},
     )
 
 

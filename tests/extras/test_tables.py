@@ -163,7 +163,7 @@ def test_the_chart_of_a_sweep_has_a_curve_a_routed_layer_of_each_row_and_what_li
             for name in ("dense", *tables.LOOKED_AT) for seed in range(2)]
     made = tables.looks_chart(rows)
     assert made.count("<circle") == 2 * (3 + 2)  # two looks; a layer of three rows, at most, chance
-    assert all(f">{name}, layer 1<" in made for name in tables.LOOKED_AT) and ">chance<" in made
+    assert all(f">{name}, layer 1<" in made for name in tables.LOOKED_AT) and ">interleaved-values, chance<" in made
 
 
 def test_the_tables_and_the_chart_of_the_repository_are_renewed_in_place(tmp_path):
