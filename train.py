@@ -69,7 +69,7 @@ CLIP = 1.0  # largest norm of the gradient
 @dataclass(frozen=True)
 class TrainConfig:
     out: str = flag("", "run folder (default: out/ and a name made of the settings)")
-    steps: int = flag(400, "optimizer steps")
+    steps: int = flag(200, "optimizer steps")
     batch: int = flag(16, "streams per step")
     seed: int = flag(0, "of the weights and of the batches")
     task: str = flag("narration", f"{', '.join(data.TASKS)}, or one of extras/benchmarks.py")
