@@ -331,7 +331,7 @@ def chart(title: str, across: str, up: str, curves: dict[str, Curve]) -> str:
     ends = [end for curve in curves.values() for _, y, e in curve for end in (y - e, y + e)]
     x_axis, y_axis = Axis.around(xs, LEFT, RIGHT), Axis.around(ends, BOTTOM, TOP)
     parts = [
-        '<rect width="750" height="370" fill="#fff"/>',
+        '<rect width="800" height="370" fill="#fff"/>',
         f'<text x="{LEFT}" y="28" font-size="15">{title}</text>',
         f'<text x="300" y="358" text-anchor="middle">{across}</text>',
         f'<text transform="translate(14 180) rotate(-90)" text-anchor="middle">{up}</text>',
@@ -346,7 +346,7 @@ def chart(title: str, across: str, up: str, curves: dict[str, Curve]) -> str:
         parts.append(f'<path d="M556 {y}h12" stroke="{colour}" stroke-width="4"/>')
         parts.append(f'<text x="600" y="{y + 4}" text-anchor="end" fill="#666">{last}</text>')
         parts.append(f'<text x="607" y="{y + 4}">{escape(name)}</text>')
-    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 750 370"'
+    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 370"'
     body = "\n".join(parts)
     return f'{head} font-family="sans-serif" font-size="12">\n{body}\n</svg>\n'
 
@@ -388,15 +388,15 @@ def looks_chart(rows: list[dict]) -> str:
     for name in LOOKED_AT:
         for step, shares in runs[name][0]["on_shapes_at"].items():
             for where in shares:
-                found = [row["on_shapes_at"][step][where] for row in runs[name]]
-                curve = curves.setdefault(f"{name}, {where}", [])
-                curve.append((int(step), *mean_of(found)))
-    limits = [f"{name}, {limit}" for name in LOOKED_AT[1:] for limit in ("at most", "chance")]
+                if where.startswith("layer") or name == LOOKED_AT[0]:
+                    found = [row["on_shapes_at"][step][where] for row in runs[name]]
+                    curve = curves.setdefault(f"{name}, {where}", [])
+                    curve.append((int(step), *mean_of(found)))
     return chart(
         "Kept patches that show a shape, keep 0.2",
         "training step",
         "share of the kept patches",
-        {name: curve for name, curve in curves.items() if name not in limits},
+        curves,
     )
 
 
