@@ -265,6 +265,7 @@ class World(Source):
         return [self.sample(seed, "train", step * 4096**2 + i) for i in range(rank, count, ranks)]
 
     def held_out(self, count: int) -> list[Sample]:
+        # Of seed 1, as the first stream is drawn and printed, and that of seed 0 has no reply.
         return [self.sample(1, "test", number) for number in range(count)]
 
     def pixels(self, sample: Sample) -> ndarray:

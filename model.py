@@ -54,7 +54,7 @@ class Config:
     keep: tuple[float, ...] = (1.0, 1.0, 1.0)
     router: str = "learned"
     gate: str = "unit"
-    weigh: str = "update"
+    weigh: str = "update"  # train.py has another default
     masked: str = "text"
 
     usual_flags: ClassVar[dict[str, float | str]] = {}  # of train.py, for models of this kind

@@ -306,7 +306,10 @@ def learn(cfg: TrainConfig, model: VideoLM, source: Source, total: Callable = un
 
 
 def share_of(batch: data.Batch) -> tuple[Tensor, int]:
-    """(2,) the share of all labels and of all group members that this process has: all; tokens"""
+    """(2,) the share of the labels, and of the group members, that are here; how many tokens are
+
+    One process has them all. extras/distributed.py has another.
+    """
     return torch.ones(2), int(batch.real.sum())
 
 

@@ -90,7 +90,7 @@ def whole(t: Tensor) -> Tensor:
 def shard(model: VideoLM) -> None:
     """Share the weights out: a layer is gathered when it computes."""
     mesh = init_device_mesh(model.norm.weight.device.type, (RANKS,))
-    frozen = {p for p in model.vision_model.parameters() if not p.requires_grad}  # encodes clips
+    frozen = {p for p in model.vision_model.parameters() if not p.requires_grad}
     for part in [*model.layers, model]:
         gathered = part is model  # its head is used after its forward pass
         fully_shard(part, mesh=mesh, reshard_after_forward=not gathered, ignored_params=frozen)

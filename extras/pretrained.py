@@ -259,7 +259,8 @@ def draw_missing(model: PretrainedLM, seed: int, device: torch.device | str) -> 
     c, new = model.config, {}
     for name, p in model.named_parameters():
         if p.is_meta:
-            dtype = torch.bfloat16 if c.frozen(name) else p.dtype
+            of_decoder = not name.startswith("vision_model.")
+            dtype = torch.bfloat16 if c.frozen(name) and of_decoder else p.dtype
             new[name] = torch.empty_like(p, device=device, dtype=dtype)
     model.load_state_dict(new, strict=False, assign=True)
     generator = torch.Generator(device).manual_seed(seed)

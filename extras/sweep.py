@@ -85,10 +85,10 @@ SWEEPS = {
         worst-7                 --init DENSE --plan arank WORST""",
 }
 # ... and on ARank's placement each rule, one router for all layers or one a layer, and each mask
-for rule in product(WEIGHED, ("shared", "learned"), ("none", "question", "question+answer")):
-    weigh, router, masked = rule
-    flags = f"--plan arank --weigh {weigh} --router {router} --masked {masked}"
-    SWEEPS["vqa"] += f"\n{'-'.join(rule)} --init DENSE {flags}"
+MASKS = ("none", "question", "question+answer")
+for weigh, router, masked in product(WEIGHED, ("shared", "learned"), MASKS):
+    rule = f"--plan arank --weigh {weigh} --router {router} --masked {masked}"
+    SWEEPS["vqa"] += f"\n{weigh}-{router}-{masked} --init DENSE {rule}"
 
 
 def rows_of(name: str) -> list[list[str]]:
@@ -126,13 +126,12 @@ class Sweep:
     def command(self, run: Path, flags: list[str], seed: int) -> list[str]:
         """The command that trains a run, or goes on with it. flags: of its row"""
         argv, variants = [f"--out={run}"], [flag for flag in flags if flag in VARIANTS]
-        flags = [flag for flag in flags if flag not in VARIANTS]
         if (run / "model.safetensors").exists():
             argv.append("--resume")
         else:
             dense = str(self.folder / f"dense-seed{seed}")
             argv.append(f"--task={self.name}")
-            argv += [dense if flag == "DENSE" else flag for flag in flags]
+            argv += [dense if flag == "DENSE" else flag for flag in flags if flag not in VARIANTS]
             argv.append(f"--seed={seed}")
             argv += [f"--{flag}={value}" for flag, value in self.flags.items()]
         argv.append(f"--device={self.device}")
@@ -190,8 +189,9 @@ def train_row(argv: list[str]) -> None:
     """
     if argv[0] in VARIANTS:
         name, other = VARIANTS[argv[0]]
-        setattr(train, name, other)
-        setattr(core, name, other)
+        for module in (train, core):
+            if hasattr(module, name):
+                setattr(module, name, other)
         argv = argv[1:]
     checkpoint = train.checkpoint
 
@@ -292,7 +292,7 @@ def row_of(run: Path) -> dict:
     if "tokens" in result:
         scores["flops_of_dense"] = answer_share(model.config, batch, result["tokens"])
     seen = what_was_seen(run)
-    if seen["reply_accuracy_at"]:
+    if seen["reply_accuracy_at"] and settings.save_every <= 25:  # else the line is too coarse
         scores["steps_to_95"] = round(steps_to(0.95, seen["reply_accuracy_at"]), 1)
     result["free_running"] = {name: float(value) for name, value in scores.items()}
     size = [p.numel() for p in model.parameters()]
@@ -323,8 +323,8 @@ def what_was_seen(run: Path) -> dict:
     looks = read_lines(file) if file.exists() else []
     seen = {"peak_memory": max([line["peak_memory"] for line in looks], default=0)}
     for name in ("on_shapes", "reply_accuracy"):
-        at = {line["step"]: line[name] for line in looks if line.get(name, {}) != {}}
-        seen[f"{name}_at"] = at
+        found = [line for line in looks if line.get(name) not in (None, {})]
+        seen[f"{name}_at"] = {line["step"]: line[name] for line in found}
     return seen
 
 
@@ -352,7 +352,7 @@ def first_batch(run: Path, model: VideoLM, settings: train.TrainConfig) -> data.
 def step_share(model: VideoLM, batch: data.Batch) -> float:
     """FLOPs of a training step over those of the dense model.
 
-    A run that extras/pretrained.py began may have adapters or an encoder that does not learn.
+    A run that extras/pretrained.py began may have adapters, or an encoder that learns.
     """
     c, matrices = model.config, muon_matrices(model)
     dense = replace(c, keep=(1.0,) * c.num_hidden_layers)

@@ -257,9 +257,9 @@ def compare(rows: list[dict], name: str, base: str) -> str:
         apart = []
         for seed in seeds:
             mine, other = (runs[row][seed]["free_running"] for row in (name, base))
-            if key in mine:
+            if key in mine and key in other:
                 apart.append(size * (mine[key] - other[key]))
-        if apart:
+        if len(apart) > 1:
             mean, error = mean_of(apart)
             p = students_p(apart)
             shown = f"{p:.3f}" if p >= 0.0005 else "< 0.001"

@@ -98,7 +98,7 @@ def test_an_answer_given_token_by_token_is_that_of_one_pass_over_the_same_groups
 def test_each_flag_of_routing_changes_what_is_computed():
     flags = [{}, {"plan": "all"}, {"plan": "all", "router": "shared"}, {"plan": "dense"}, {"keep": 0.5}, {"router": "random"},
              {"router": "uniform"}, {"gate": "linear"}, {"gate": "sigmoid"},
-             {"weigh": "update+values"},
+             {"weigh": "update"},
              *({"masked": name} for name in MASKED if name != "text")]
     heard = []
     for given_flags in flags:

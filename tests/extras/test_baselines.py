@@ -24,9 +24,13 @@ def test_the_control_chooses_by_random_scores_and_weighs_by_the_learned_ones(wat
         drawn = mod.random_score(position, layer, batch.seed)
         assert torch.equal(keep, mod.select(drawn, batch.groups, model.config.keep[layer]))
     assert out.score.keys() == learned.score.keys()
-    for first in sorted(out.score)[:1]:  # before it nothing was weighed, so its scores are the same
-        if all(r in (0, 1) for r in model.config.keep[:first]):
-            torch.testing.assert_close(out.score[first], learned.score[first], rtol=1e-9, atol=1e-9)
+    for router in model.routers.values():  # so large a score that every gate shows it
+        router.weight.mul_(-9)
+    changed = model(*batch)
+    assert all(torch.equal(changed.keep[layer], keep) for layer, keep in out.keep.items())
+    group = batch.groups.id >= 0
+    weighed = [layer for layer in out.score if (out.keep[layer] & group).any()]
+    assert torch.equal(changed.hidden, out.hidden) == (not weighed)
 
 
 def as_amod(watch):

@@ -144,6 +144,31 @@ def test_each_row_of_a_sweep_is_a_run_that_train_takes():
             assert cfg.plan in {"arank", *PLACEMENTS}
 
 
+@pytest.mark.parametrize(("word", "name"), [("WORST", "rank_placement"), ("A-MOD", "VideoLM"), ("RANDOM-SELECTION", "VideoLM")])
+def test_a_word_of_a_row_puts_its_variant_in_the_place_of_what_train_uses(word, name, tmp_path, monkeypatch):
+    (row,) = [row for table in ("scene", "vqa") for row in sweep.rows_of(table) if row[-1] == word][:1]
+    command = sweep.Sweep("scene", 1, {}, "cpu").command(tmp_path / "run", row[1:], 0)
+    assert command[4] == word and word not in command[5:]
+    for module in (train, sweep.core):  # so that they are as before when the test ends
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, getattr(module, name))
+    began = []
+    monkeypatch.setattr(train, "main", began.append)
+    sweep.train_row(command[4:])
+    assert getattr(train, name) is VARIANTS[word][1] and began == [command[5:]]
+    assert hasattr(sweep.core, "rank_placement") is False
+
+
+def test_the_worst_placement_keeps_the_lowest_ranks_dense():
+    assert VARIANTS["WORST"][1]([3.0, 1.0, 2.0], 0.5, 1) == (0.5, 1.0, 0.5)
+
+
+@pytest.mark.parametrize(("looks", "steps"), [
+    ({}, 0), ({25: 0.5}, 25), ({25: 0.95}, 25), ({25: 0.5, 50: 1.0}, 47.5), ({50: 1.0, 25: 0.75}, 45), ({10: 0.2, 20: 0.2}, 20)])
+def test_the_steps_to_a_goal_lie_on_the_line_between_two_looks(looks, steps):
+    assert sweep.steps_to(0.95, looks) == pytest.approx(steps)
+
+
 def test_0_steps_or_streams_stand_for_those_of_the_task(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     began = []

@@ -74,6 +74,16 @@ def test_a_table_has_the_columns_that_its_marker_names():
         tables.table(ROWS, ["c"], ["speed"])
 
 
+def test_two_rows_are_compared_in_all_that_both_have():
+    rows = [{"run": f"{name}-seed{seed}", "seed": seed, "free_running": {"lm_correctness": 0.5 + at + seed / 10, **more}}
+            for seed in range(3) for name, at, more in
+            (("a", 0.1, {"steps_to_95": 90.0 - seed}), ("b", 0.0, {"steps_to_95": 100.0}), ("c", 0.0, {}))]
+    first, second = tables.compare(rows, "a", "b").split("\n")
+    assert "+10.0 ± 0.0 points from b in LM-Correctness" in first
+    assert "-11.0 ± 0.6 steps from b in steps to 95 %" in second and "3 seeds, p 0.003" in second
+    assert len(tables.compare(rows, "a", "c").split("\n")) == 1
+
+
 def test_two_rows_are_compared_seed_by_seed_in_a_sentence(tmp_path, capsys):
     file = tmp_path / "x.json"
     file.write_text(json.dumps(ROWS))
