@@ -65,7 +65,7 @@ class Forecast(World):
         "preset": "coarse",
         "muon_lr": 0.005,
         "adam_lr": 0.003,
-        "steps": 800,
+        "steps": 400,
     }
 
     def asked(self, steps: tuple[str, ...]) -> tuple[str, ...]:
@@ -98,8 +98,6 @@ class Summary(Forecast):
     """The same streams; the answer lists the steps that were shown."""
 
     task, question = "summary", DESCRIBE
-    defaults: ClassVar[dict] = Forecast.defaults | {"steps": 500}
-
     def asked(self, steps: tuple[str, ...]) -> tuple[str, ...]:
         return steps[:3]
 
