@@ -98,6 +98,7 @@ class Summary(Forecast):
     """The same streams; the answer lists the steps that were shown."""
 
     task, question = "summary", DESCRIBE
+
     def asked(self, steps: tuple[str, ...]) -> tuple[str, ...]:
         return steps[:3]
 
