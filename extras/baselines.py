@@ -11,7 +11,7 @@ from torch import Tensor
 
 import mod
 from mod import Groups
-from model import Block, Cache, VideoLM
+from model import Block, VideoLM
 
 
 class RandomSelection(VideoLM):
@@ -20,19 +20,12 @@ class RandomSelection(VideoLM):
     If a rule owes its lead to what the gates weigh, and not to what is chosen, this has it too.
     """
 
-    def run_layer(
-        self,
-        layer: int,
-        x: Tensor,
-        position: Tensor,
-        rope: Tensor,
-        groups: Groups,
-        seed: Tensor,
-        cache: Cache | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def run_layer(self, *given: object) -> tuple:
+        """given: as to VideoLM.run_layer"""
+        layer, _, position, _, _, seed, _ = given
         drawn, select = mod.random_score(position, layer, seed), mod.select
         with patch.object(mod, "select", lambda score, *how: select(drawn, *how)):
-            return super().run_layer(layer, x, position, rope, groups, seed, cache)
+            return super().run_layer(*given)
 
 
 class AMoD(VideoLM):
@@ -42,19 +35,12 @@ class AMoD(VideoLM):
     streaming stays exact. Nothing is learned: `--router random`, whose weights are 1.
     """
 
-    def run_layer(
-        self,
-        layer: int,
-        x: Tensor,
-        position: Tensor,
-        rope: Tensor,
-        groups: Groups,
-        seed: Tensor,
-        cache: Cache | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def run_layer(self, *given: object) -> tuple:
+        """given: as to VideoLM.run_layer"""
+        layer, x, _, rope, groups, _, _ = given
         if self.config.keep[layer] == 1:
             self.got = attention_got(self.layers[layer], x, rope, groups)
-        return super().run_layer(layer, x, position, rope, groups, seed, cache)
+        return super().run_layer(*given)
 
     def score(self, *given: object) -> Tensor:
         return self.got
@@ -69,7 +55,8 @@ def attention_got(block: Block, x: Tensor, rope: Tensor, groups: Groups) -> Tens
     q, k, _ = block.self_attn.heads(block.input_layernorm(x), rope)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, T, d)
     seen = (groups.id[:, :, None] == groups.id[:, None]).tril()  # (B, T, T)
-    maps = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen[:, None], -math.inf).softmax(-1)
+    logits = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, T, T)
+    maps = logits.masked_fill(~seen[:, None], -math.inf).softmax(-1)
     even = seen.to(maps.dtype) / seen.sum(-1, keepdim=True)
     return (maps.mean(1) - even).sum(1)
 
