@@ -105,7 +105,8 @@ def test_one_process_needs_no_torchrun_and_is_the_same(alone, tmp_path):
     assert train.make_optimizers.__module__ == "train"  # it is as it was
 
 
-def test_flags_of_pretrained_count_without_a_folder_too():
+def test_flags_of_pretrained_count_without_a_folder_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the default run of the repository may be there
     cfg = distributed.DistributedFlags(pool=2)
     assert distributed.start(cfg, {"pool"})[1].config.pool == 2
     assert distributed.start(replace(cfg, pool=0), set())[1].config.pool == 6
