@@ -33,7 +33,8 @@ class LoraLinear(nn.Linear):
             self.lora_B = nn.Parameter(torch.zeros(outputs, rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
+        bias = None if self.bias is None else self.bias.to(self.weight.dtype)
+        out = F.linear(x, self.weight, bias)
         if not self.rank:
             return out
         x = F.dropout(x, self.dropout, self.training)

@@ -7,7 +7,6 @@ All flags of train.py are there too. A run is evaluated, resumed and converted
 as any other: eval.py RUN, train.py --out RUN --resume, train.py --init RUN.
 """
 
-import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -24,94 +23,50 @@ import train
 from data import Clips
 from extras import huggingface
 from extras.cost import SIZES
-from extras.encoders import ACTIVATIONS, ENCODERS
+from extras.encoders import ENCODERS
 from extras.features import encode_once
-from extras.huggingface import NEW_TOKENS, PretrainedTokenizer
+from extras.huggingface import NEW_TOKENS
 from extras.lora import ExtendedEmbedding, ExtendedHead, LoraLinear
-from model import Config, VideoLM, check_fit, flag, parse, run_main
+from extras.mixed_types import cast_between_types
+from extras.pretrained_config import PretrainedConfig
+from extras.rope import scale_frequencies
+from mod import Groups
+from model import (
+    Attention,
+    Cache,
+    Config,
+    Output,
+    VideoLM,
+    check_fit,
+    flag,
+    parse,
+    rotate,
+    run_main,
+)
 from train import TrainConfig
 
 RENAMED = {"new_embeddings": "embed_tokens.new", "new_head": "lm_head.new"}  # in runs of old
 
 
-@dataclass(frozen=True)
-class PretrainedConfig(Config):
-    """Config, and what pretrained folders need beyond it."""
+class PretrainedAttention(Attention):
+    """Attention that norms each head of queries and keys (Qwen3), or scales them (YaRN)."""
 
-    new_tokens: int = 0  # the last of the vocabulary, unknown to the pretrained decoder
-    rope_scaling: tuple[float, ...] = ()  # (factor,): linear; (factor, low, high, length): Llama 3
-    sliding_window: int = 0  # of earlier versions; must be 0
-    attention_bias: bool = False  # of q, k and v (Qwen2)
-    output_bias: bool = False  # of o
-    tie_word_embeddings: bool = False
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of pixels in [0, 1]
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    vision_type: str = "scratch"
-    vision_act: str = "gelu"
-    vision_norm_eps: float = 1e-5
-    llm: str = ""  # Hugging Face folders; weights that are not learned stay there
-    vision: str = ""
-    train_vision: bool = False
-    lora_rank: int = 0  # 0: no adapters, the decoder itself learns
-    lora_alpha: float = 256.0
-    lora_dropout: float = 0.05
-    gradient_checkpointing: bool = False  # compute the inside of layers again when going backward
+    def __init__(self, c: PretrainedConfig) -> None:
+        super().__init__(c)
+        self.rope_scale = c.rope_scale
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if c.query_norm:
+            self.q_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
 
-    may_be_zero: ClassVar[tuple[str, ...]] = (
-        "new_tokens",
-        "sliding_window",
-        "lora_rank",
-        "lora_dropout",
-    )
-
-    def __post_init__(self) -> None:
-        self.must("num_hidden_layers", self.num_hidden_layers <= 1000, "be at most 1000")
-        super().__post_init__()
-        scaling, std = self.rope_scaling, self.image_std
-        sizes = len(scaling) in (0, 1, 4) and all(x > 0 for x in scaling)
-        in_order = scaling[1:2] <= scaling[2:3]
-        rule = "be a factor, or factor, low, high, length, above 0"
-        self.must("rope_scaling", sizes and in_order, rule)
-        self.must("sliding_window", self.sliding_window == 0, "be 0")
-        self.must("image_mean", len(self.image_mean) == 3, "be three numbers")
-        self.must("image_std", len(std) == 3 and min(std) > 0, "be three numbers above 0")
-        self.must("new_tokens", self.new_tokens < self.vocab_size, "be below vocab_size")
-        self.must("lora_dropout", self.lora_dropout < 1, "be below 1")
-        for name, known in {"vision_type": ENCODERS, "vision_act": ACTIVATIONS}.items():
-            self.must(name, getattr(self, name) in known, f"be one of {', '.join(known)}")
-
-    @property
-    def usual_flags(self) -> dict[str, float | str]:
-        """The papers' rule, and their learning rate where something pretrained learns"""
-        rate = {"adam_lr": 0.0002} if self.llm or self.train_vision or self.lora_rank else {}
-        return {"weigh": "update"} | rate
-
-    def make_tokenizer(self) -> data.Special:
-        if self.llm:
-            return PretrainedTokenizer(Path(self.llm), self.vocab_size - NEW_TOKENS)
-        plain = {f.name: getattr(self, f.name) for f in fields(Config)}
-        return data.tokenizer_for(Config(**plain))
-
-    def folder_of(self, name: str) -> str:
-        """The pretrained folder that holds a weight, "" if none does"""
-        if name.startswith("vision_model."):
-            return self.vision
-        return "" if is_added(name) else self.llm
-
-    def frozen(self, name: str) -> bool:
-        """Does a weight stay as it was read or drawn, whatever learns?"""
-        if name.startswith("vision_model."):
-            return not self.train_vision
-        return self.lora_rank > 0 and not is_added(name)
-
-    def borrowed(self, name: str) -> bool:
-        """Does a run leave a weight in its pretrained folder?"""
-        return self.frozen(name) and self.folder_of(name) != ""
-
-
-def is_added(name: str) -> bool:
-    """Is a weight between encoder and decoder, or does it adapt the decoder?"""
-    return name.startswith(("multi_modal", "routers")) or "lora_" in name or name.endswith(".new")
+    def heads(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, K, D) -> q: (B, H, K, d), k and v: (B, G, K, d)"""
+        B, K, _ = x.shape
+        rope = rope * self.rope_scale  # both are turned by it, so both are scaled
+        q = rotate(self.q_norm(self.q_proj(x).view(B, K, -1, self.head_dim)), rope)
+        k = rotate(self.k_norm(self.k_proj(x).view(B, K, -1, self.head_dim)), rope)
+        v = self.v_proj(x).view(B, K, -1, self.head_dim)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 class PretrainedLM(VideoLM):
@@ -122,15 +77,19 @@ class PretrainedLM(VideoLM):
         c = config
         self.gradient_checkpointing = c.gradient_checkpointing
         self.vision_model = ENCODERS[c.vision_type](c)
-        self.rope_frequency = scale_frequencies(self.rope_frequency, c.rope_scaling)
+        scaling = (c.rope_theta, c.rope_type, c.rope_scaling)
+        self.rope_frequency = scale_frequencies(self.rope_frequency, *scaling)
         lora = (c.lora_rank, c.lora_alpha, c.lora_dropout)
+        free_biases(self.vision_model)
         for block in self.layers:
+            if c.query_norm or c.rope_scale != 1:
+                block.self_attn = PretrainedAttention(c)
             attention = block.self_attn
             for name in ("q_proj", "k_proj", "v_proj"):
                 inject(attention, name, c.attention_bias, *lora)
             inject(attention, "o_proj", c.output_bias, *lora)
             for name in ("gate_proj", "up_proj", "down_proj"):
-                inject(block.mlp, name, False, *lora)
+                inject(block.mlp, name, c.mlp_bias, *lora)
         known = c.vocab_size - c.new_tokens
         if c.new_tokens:
             self.embed_tokens = ExtendedEmbedding(known, c.new_tokens, c.hidden_size)
@@ -147,6 +106,7 @@ class PretrainedLM(VideoLM):
     def load_state_dict(self, *args: object, **how: object) -> object:
         loaded = super().load_state_dict(*args, **how)
         self.tie()
+        cast_between_types(self)
         return loaded
 
     def named_parameters(self, *args: object, **how: object) -> list[tuple[str, nn.Parameter]]:
@@ -169,6 +129,23 @@ class PretrainedLM(VideoLM):
         c = self.config
         pretrained = c.llm or c.lora_rank or c.folder_of(name)
         return super().uses_muon(name, p) and not pretrained
+
+    def forward(
+        self,
+        tokens: Tensor,
+        frames: Tensor,
+        groups: Groups,
+        seed: Tensor,
+        cache: Cache | None = None,
+    ) -> Output:
+        """As of VideoLM. Raises ValueError for a stream longer than a dynamic RoPE allows."""
+        if self.config.rope_type == "dynamic":
+            longest = self.config.rope_scaling[1]
+            length = tokens.shape[1] + (int(cache.seen.max()) if cache else 0)
+            if length > longest:  # then transformers would turn all earlier keys anew
+                rule = f"have at most {longest} tokens, for which its dynamic RoPE is unscaled"
+                raise ValueError(f"a stream of {self.config.llm} must {rule}, got {length}")
+        return super().forward(tokens, frames, groups, seed, cache)
 
     def run_layer(self, *args: object) -> tuple:
         if self.gradient_checkpointing and self.training:
@@ -195,19 +172,12 @@ def inject(owner: nn.Module, name: str, bias: bool, rank: int, *lora: float) -> 
         setattr(owner, name, LoraLinear(*size, bias, rank, *lora))
 
 
-def scale_frequencies(frequency: list[float], scaling: tuple[float, ...]) -> list[float]:
-    """RoPE scalings: a linear one slows all frequencies, Llama 3's those with long waves."""
-    if not scaling:
-        return frequency
-    if len(scaling) == 1:
-        return [f / scaling[0] for f in frequency]
-    factor, low, high, length = scaling
-    scaled = []
-    for f in frequency:
-        waves = length * f / (2 * math.pi)  # in the original length
-        same = min(1.0, max(0.0, (waves - low) / (high - low)))  # 0: slowed in full
-        scaled.append(same * f + (1 - same) * f / factor)
-    return scaled
+def free_biases(encoder: nn.Module) -> None:
+    """Let the bias of a linear map have another type than its weight, as in the decoder."""
+    for owner in encoder.modules():
+        for name, child in list(owner.named_children()):
+            if type(child) is nn.Linear:
+                inject(owner, name, True, 0, 0.0, 0.0)
 
 
 # --- building -------------------------------------------------------------------------------------
@@ -221,17 +191,25 @@ def pretrained(
     new_tokens: special tokens that extend the vocabulary of the decoder
     Raises ValueError, naming the file, for what is of no known family or does not fit together.
     """
-    found = {}
+    config = sizes
     if llm:
-        found |= huggingface.read_fields(llm, huggingface.decoder_fields)
+        found = huggingface.read_fields(llm, huggingface.decoder_fields)
+        if found["tie_word_embeddings"] and huggingface.has_own_head(Path(llm)):
+            found["tie_word_embeddings"] = False
+        config = fit(config, llm, found)
     if vision:
-        found |= huggingface.read_fields(vision, huggingface.encoder_fields)
-    vocabulary = found.get("vocab_size", sizes.vocab_size)
+        found = huggingface.read_fields(vision, huggingface.encoder_fields)
+        config = fit(config, vision, found | huggingface.pixel_fields(Path(vision)))
+    rows = config.vocab_size + new_tokens
+    return replace(config, llm=llm, vision=vision, vocab_size=rows, new_tokens=new_tokens)
+
+
+def fit(config: PretrainedConfig, folder: str, found: dict) -> PretrainedConfig:
+    """The config with what a folder says; an error names the folder."""
     try:
-        found["vocab_size"] = vocabulary + new_tokens
-        return replace(sizes, **found, llm=llm, vision=vision, new_tokens=new_tokens)
+        return replace(config, **found)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{llm or vision}/config.json must be of a known model: {error}") from None
+        raise ValueError(f"{folder}/config.json must be of a known model: {error}") from None
 
 
 def skeleton(config: PretrainedConfig) -> PretrainedLM:
@@ -337,7 +315,7 @@ def merge(model: PretrainedLM) -> PretrainedLM:
 
 @dataclass(frozen=True)
 class PretrainedFlags(TrainConfig):
-    llm: str = flag("", "Hugging Face folder of a Llama, Mistral or Qwen2: the decoder")
+    llm: str = flag("", "Hugging Face folder of a Llama, Mistral, Qwen2 or Qwen3: the decoder")
     vision: str = flag("", "Hugging Face folder of a CLIP or SigLIP: the encoder")
     train_vision: bool = flag(False, "let the encoder learn too")
     pool: int = flag(0, "a frame is CLS and a pool x pool grid (0: 3 with --vision)")

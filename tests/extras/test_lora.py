@@ -44,6 +44,34 @@ def test_merged_adapters_are_the_unmerged_to_rounding_and_begin_as_no_change(ran
     torch.testing.assert_close(logits(merged, tokens), logits(net, tokens), rtol=1e-9, atol=1e-9)
 
 
+def test_adapters_of_alpha_32_and_rank_8_add_4_times_b_a():
+    net = adapted(8, lora_alpha=32.0, lora_dropout=0.0).float()
+    for m in (module for module in net.modules() if isinstance(module, LoraLinear) and module.rank):
+        for p, value in ((m.weight, 0), (m.bias, 0), (m.lora_B, 0.5)):
+            if p is not None:
+                p.data.fill_(value)
+        m.lora_A.data.copy_(torch.arange(8.0)[:, None])  # row i is i, so B A is 0.5 * (0 + 1 + ... + 7) = 14 throughout
+        assert (m(torch.ones(1, m.in_features))[0, : m.out_features] == 4 * 14 * m.in_features).all()
+        assert (m.merged() == 4 * 14).all()
+
+
+def test_each_new_token_reads_and_scores_its_own_row():
+    net = adapted(0).float()
+    first = net.config.vocab_size - 6
+    with torch.no_grad():
+        net.embed_tokens.new.copy_(torch.arange(100.0, 106)[:, None])  # row n is n throughout
+        net.lm_head.new.copy_(torch.arange(200.0, 206)[:, None])
+    rows = net.embed_tokens(torch.arange(first - 1, first + 6))
+    assert torch.equal(rows[0], net.embed_tokens.weight[-1])
+    assert rows[1:].tolist() == [[float(n)] * net.config.hidden_size for n in range(100, 106)]
+    scores = net.lm_head(torch.eye(net.config.hidden_size))  # each row's numbers
+    assert torch.equal(scores[:, :first], net.lm_head.weight.T)
+    assert scores[:, first:].tolist() == [[200.0, 201, 202, 203, 204, 205]] * net.config.hidden_size
+    tokenizer = Special(first, [])
+    ids = [tokenizer.pad, tokenizer.user, tokenizer.assistant, tokenizer.end, tokenizer.frame, tokenizer.silent]
+    assert net.embed_tokens(torch.tensor(ids))[:, 0].tolist() == [100.0, 101, 102, 103, 104, 105]
+
+
 def test_training_changes_the_adapters_the_router_the_projector_and_the_new_tokens_alone(tmp_path, monkeypatch):
     net = adapted(3, lora_alpha=4.0, lora_dropout=0.5, keep=(0.5, 0.5), router="shared", gate="unit")
     before = {name: t.clone() for name, t in net.state_dict().items()}

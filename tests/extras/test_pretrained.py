@@ -98,9 +98,15 @@ def spoil(file: Path, change: dict | bytes | None) -> None:
 
 
 @pytest.mark.parametrize(("file", "change", "complaint"), [
-    (CONFIG, {"model_type": "clip"}, "model_type must be llama or mistral or qwen2, got 'clip'"),
-    (CONFIG, {"rope_scaling": {"type": "yarn"}}, "rope_type must be .*llama3, got 'yarn'"),
-    (CONFIG, {"rope_scaling": {"type": "linear", "factor": 0}}, r"above 0, got \(0,\)"),
+    (CONFIG, {"model_type": "clip"}, "model_type must be llama or mistral or qwen2 or qwen3, got 'clip'"),
+    (CONFIG, {"rope_scaling": {"type": "longrope"}}, "rope_type must be .*llama3 or yarn, got 'longrope'"),
+    (CONFIG, {"rope_scaling": {"type": "linear"}}, r"config\.json must .* linear RoPE must have a factor, got none"),
+    (CONFIG, {"rope_scaling": {"type": "linear", "factor": 0}}, "factor of linear RoPE must be above 0 and .* got 0"),
+    (CONFIG, {"rope_scaling": {"type": "yarn", "factor": "4"}}, r"config\.json must be of a known model"),
+    (CONFIG, {"rope_scaling": {"type": "yarn", "attention_factor": -1}}, "attention_factor of yarn RoPE must be above 0 and"),
+    (CONFIG, {"rope_scaling": {"type": "yarn"}, "rope_theta": 1.0}, "config.json must .* rope_theta must be above 1"),
+    (CONFIG, {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}},
+     "low_freq_factor must be at most high_freq_factor"),
     (CONFIG, {"hidden_act": "gelu"}, "hidden_act must be silu, got 'gelu'"),
     (CONFIG, {"partial_rotary_factor": 0.5}, r"partial_rotary_factor must be 1\.0, got 0\.5"),
     (CONFIG, {"hidden_size": "big"}, r"config\.json must be of a known model"),
@@ -119,6 +125,8 @@ def spoil(file: Path, change: dict | bytes | None) -> None:
 ])
 def test_a_folder_that_does_not_fit_is_refused_by_name(tmp_path, file, change, complaint):
     folder = Path(shutil.copytree(FIXTURES / "llama2", tmp_path / "llm"))
+    if file == INDEX:  # it would not be read beside the whole file
+        (folder / WEIGHTS).unlink()
     spoil(folder / file, change)
     with pytest.raises(ValueError, match=complaint):
         pretrained.build(pretrained.pretrained(SMALL, str(folder)))
@@ -169,20 +177,6 @@ def test_a_pretrained_pair_is_trained_saved_converted_and_watches_a_video(tmp_pa
     assert not [file for file in tmp_path.rglob("*") if file.suffix in (".pt", ".pth", ".bin", ".pkl")]
 
 
-def test_a_window_of_mistral_is_refused_in_a_sentence(tmp_path):
-    folder = Path(shutil.copytree(FIXTURES / "mistral", tmp_path / "llm"))
-    for window in ({"sliding_window": 6}, {}):
-        config = json.loads((folder / CONFIG).read_text())
-        config.pop("sliding_window", None)
-        (folder / CONFIG).write_text(json.dumps(config | window))
-        if window:
-            with pytest.raises(ValueError, match=r"config\.json must be of a known model: sliding_window must be None, got 6"):
-                pretrained.pretrained(SMALL, str(folder))
-        else:  # the file may leave it out; then it is 4096
-            with pytest.raises(ValueError, match="sliding_window must be None"):
-                pretrained.pretrained(SMALL, str(folder))
-
-
 OLD = {"new_tokens": 0, "rope_scaling": [], "sliding_window": 0, "attention_bias": False, "output_bias": False,
        "tie_word_embeddings": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "vision_type": "scratch",
        "vision_act": "gelu", "vision_norm_eps": 1e-5, "llm": "", "vision": "", "train_vision": False,
@@ -202,6 +196,18 @@ def test_a_run_of_an_earlier_version_is_the_same_model(tmp_path):
     (tmp_path / CONFIG).write_text(json.dumps(asdict(config) | OLD | {"colour": 3}))
     with pytest.raises(ValueError, match=r"config\.json must hold the Config of a model: .*colour"):
         models.load(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["llama2", "llama3", "qwen2"])  # linear, Llama 3 and no scaling
+def test_a_run_of_an_earlier_version_has_its_rope_scaling(tmp_path, folder):
+    config = pretrained.pretrained(replace(SMALL, lora_rank=2), str(FIXTURES / folder))
+    models.save(tmp_path, pretrained.build(config))
+    values = json.loads((tmp_path / CONFIG).read_text())
+    old = {name: value for name, value in values.items() if name not in ("rope_type", "mlp_bias", "query_norm")}
+    (tmp_path / CONFIG).write_text(json.dumps(old))
+    expected = load_file(FIXTURES / folder / "expected.safetensors")
+    found = logits(models.load(tmp_path).eval().float(), expected["input_ids"])
+    torch.testing.assert_close(found, expected["logits"], rtol=1e-5, atol=1e-5)
 
 
 def test_new_tokens_of_a_run_of_an_earlier_version_are_found(tmp_path):
