@@ -8,14 +8,10 @@ answered.
 
 import json
 import math
+import os
 import re
-import shutil
-import subprocess
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -26,6 +22,8 @@ from numpy import ndarray
 from numpy.random import Generator, default_rng
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from video import frame_index, read_video
 
 # --- tokenizer ----------------------------------------------------------------------------------
 
@@ -189,6 +187,20 @@ def turns_at(turns: list[Turn], frame: int) -> tuple[list[Turn], list[Turn]]:
     here = [turn for turn in turns if turn.frame == frame]
     replies = [turn for turn in here if turn.role == "assistant"]
     return [turn for turn in here if turn not in replies], replies
+
+
+def questions_at(turns: list[Turn], frame: int) -> list[Turn]:
+    """What is asked before a frame, as turns of frame 0, for a chunk of a stream"""
+    questions, _ = turns_at(turns, frame)
+    return [turn._replace(frame=0) for turn in questions]
+
+
+def parse_question(text: str, fps: float) -> Turn:
+    """"12.5 What is it?" -> a turn. Raises ValueError if it is not seconds and a text."""
+    seconds, _, question = text.partition(" ")
+    fits = re.fullmatch(r"\d{1,9}(\.\d*)?", seconds) and question.strip()
+    need(fits, "ask must be seconds and a question", text)
+    return Turn(frame_index(float(seconds), fps), "user", question)
 
 
 def stack_frames(frames: list[ndarray]) -> Tensor:
@@ -359,118 +371,38 @@ class VQA(World):
         return turns
 
 
-# --- reading video ------------------------------------------------------------------------------
-
-PATIENCE = 600.0  # seconds that the decoder may take for a frame
-CONTAINERS = (  # none of these names other files
-    "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,apng,h264,hevc,ivf,m4v,mjpeg,mxf,"
-    "jpeg_pipe,png_pipe,webp_pipe,bmp_pipe"
-)
-
-
-def frame_index(seconds: float, fps: float) -> int:
-    """The first frame that is not earlier than a time."""
-    return math.ceil(seconds * fps - 1e-9)
-
-
-def ffmpeg_command(path: Path, fps: float, size: int, partial: bool, start: float,
-                   end: float) -> list[str]:
-    """The command line for read_video, which says what the arguments mean"""
-    if not Path(path).is_file():
-        raise ValueError(f"{path} must be a video file, got no such file")
-    if not shutil.which("ffmpeg"):
-        raise ValueError(
-            "ffmpeg must be on PATH to decode videos (apt or brew install ffmpeg), got none"
-        )
-    with open(path, "rb") as file:
-        is_jpeg = file.read(3) == b"\xff\xd8\xff"
-    # A frame keeps its time in the file, and so its number. After a seek to an earlier key picture
-    # (10 s early, for files without an index) `start_time` fills in frames that `trim` drops.
-    trim = f"trim=start_pts={frame_index(start, fps)}"
-    if end < math.inf:  # `tpad` lets a span end a little after its file
-        pad = "tpad=stop_mode=clone:stop_duration=2"
-        trim = f"{pad},{trim}:end_pts={frame_index(end, fps) + 1}"
-    width = f"'max(1,min({size},round({size}*iw/ih)))'"
-    height = f"'max(1,min({size},round({size}*ih/iw)))'"
-    chain = (
-        f"fps={float(fps)}:round=up:start_time=0,{trim},setpts=PTS-STARTPTS,"
-        f"scale={width}:{height},pad={size}:{size}:-1:-1"
-    )
-    command = "ffmpeg -nostdin -v error -protocol_whitelist file -copyts -start_at_zero".split()
-    command += ["-format_whitelist", CONTAINERS, "-max_pixels", str(2**26)]
-    if not partial:
-        command.append("-xerror")
-    if is_jpeg:  # else ffmpeg takes a large one for a pattern of file names
-        command += ["-f", "jpeg_pipe"]
-    if start > 10:
-        command += ["-noaccurate_seek", "-ss", str(start - 10)]
-    output = "-map 0:v:0 -f rawvideo -pix_fmt rgb24 pipe:1".split()
-    return [*command, "-i", f"file:{path}", "-vf", chain, *output]
-
-
-def read_video(path: Path, fps: float, size: int, partial: bool = False, start: float = 0.0,
-               end: float = math.inf) -> Iterator[ndarray]:
-    """Decode a file with the ffmpeg program, one frame at a time, as they are asked for.
-
-    fps: frames a second; frame i shows the last picture that is not later than i / fps seconds
-    size: S; the picture is turned upright, shrunk to fit and centred on black
-    partial: keep what could be decoded of a damaged file instead of refusing it
-    start, end: seconds; only the frames from and to the first that is not earlier
-    -> yields (S, S, 3) uint8 RGB. Raises ValueError: no ffmpeg, no file, no frame, damage, a stall.
-    Only this local file is opened: no network, no container that names other files. A picture of
-    more than 2**26 pixels counts as damage. A decoder that takes longer than PATIENCE is ended.
-    """
-    command = ffmpeg_command(path, fps, size, partial, start, end)
-    count, length = 0, size * size * 3  # frames so far; bytes of one
-    with (
-        tempfile.TemporaryFile() as complaints,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints) as process,
-    ):
-        try:
-            while len(frame := patiently(process, path, process.stdout.read, length)) == length:
-                count += 1
-                yield np.frombuffer(frame, np.uint8).reshape(size, size, 3)
-            status = patiently(process, path, process.wait)
-            complaints.seek(0)
-            why = complaints.readline().decode(errors="replace").strip()
-        finally:  # also where the caller wants no more frames
-            process.kill()
-    if not count:
-        raise ValueError(f"{path} must be a video, got no frame from it: {why or 'it ends before'}")
-    if (status or why) and not partial:  # ffmpeg can report damage and still exit with 0
-        raise ValueError(
-            f"{path} must decode whole, got {count} frames, then: "
-            f"{why or 'the file ends early'} (--partial keeps them)"
-        )
-
-
-def patiently(process: subprocess.Popen, path: Path, ask: Callable, *given: object) -> object:
-    """ask(*given), from a decoder. Raises ValueError if it takes too long, and ends the decoder."""
-    began, alarm = time.monotonic(), threading.Timer(PATIENCE, process.kill)
-    alarm.start()
-    try:
-        answer = ask(*given)
-    finally:
-        alarm.cancel()
-    if time.monotonic() - began >= PATIENCE:
-        raise ValueError(
-            f"{path} must be decoded without a stall, got none of it for {PATIENCE:g} s"
-        )
-    return answer
-
-
 # --- a folder of clips --------------------------------------------------------------------------
 
 CLIP = 2**33  # bytes of decoded frames that one clip may have
 MEMORY = 2**30  # bytes of frames that a folder keeps in memory
 
 
-def parse_json(text: bytes, where: str, **options: object) -> object:
-    """options: of json.loads. Raises ValueError, naming `where`, if the text is no JSON."""
+@contextmanager
+def leave_out(where: str, partial: bool, left_out: dict[str, str]) -> Iterator[None]:
+    """A ValueError within names the entry. With `partial` the entry is left out and noted instead.
+
+    where: names the entry, "file, line 3:";  left_out: where -> why, grows
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not partial:
+            raise ValueError(f"{where} {error}") from None
+        left_out[where] = str(error)
+
+
+def print_left_out(left_out: dict[str, str]) -> None:
+    for where, why in list(left_out.items())[:1]:
+        line = f"left out with --partial: {len(left_out)}, the first is {where} {why}"
+        print("".join(filter(str.isprintable, line)))
+
+
+def parse_json(text: bytes, **options: object) -> object:
+    """options: of json.loads. Raises ValueError if the text is no JSON."""
     try:
         return json.loads(text, **options)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} must be JSON, got {text[:60]!r} ({error})") from None
+        raise ValueError(f"must be JSON, got {text[:60]!r} ({error})") from None
 
 
 class Clip(NamedTuple):
@@ -488,33 +420,33 @@ def check_entry(entry: object, where: str, folder: Path) -> Clip:
 
     With "start" and "end" the clip is a span of the video. Times are seconds of the video. A turn
     without a time comes after the last frame; its answer is given without deciding to speak.
-    Raises ValueError saying where, what must hold and what came.
+    Raises ValueError saying what must hold and what came.
     """
-    entry = entry if isinstance(entry, dict) else {}
+    need(isinstance(entry, dict), "must be an object", entry)
     video, turns = entry.get("video"), entry.get("conversation")
     path = Path(video if isinstance(video, str) else "..")
     inside = not path.is_absolute() and ".." not in path.parts
-    need(inside, f"{where} video must name a file inside {folder}", video)
+    need(inside, f"video must name a file inside {folder}", video)
     start, end = entry.get("start", 0), entry.get("end", 1e9)
-    need_time(f"{where} start", start, 0, 1e9)
-    need_time(f"{where} end", end, start, 1e9)
+    need_time("start", start, 0, 1e9)
+    need_time("end", end, start, 1e9)
     listed = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
-    need(listed, f"{where} conversation must be a list of turns", turns)
+    need(listed, "conversation must be a list of turns", turns)
     for turn in turns:
-        check_turn(turn, where, start, end)
+        check_turn(turn, start, end)
     untimed = [turn["role"] for turn in turns if "time" not in turn]
     alternate = ("assistant", "assistant") not in pairwise(untimed)
-    need(alternate, f"{where} each untimed reply must follow a question", untimed)
+    need(alternate, "each untimed reply must follow a question", untimed)
     return Clip(where, folder / path, start, entry.get("end", math.inf), turns)
 
 
-def check_turn(turn: dict, where: str, start: float, end: float) -> None:
+def check_turn(turn: dict, start: float, end: float) -> None:
     role, content = turn.get("role"), turn.get("content")
-    need_time(f"{where} time", turn.get("time", start), start, end)
-    need(role in ("user", "assistant"), f"{where} role must be user or assistant", role)
+    need_time("time", turn.get("time", start), start, end)
+    need(role in ("user", "assistant"), "role must be user or assistant", role)
     is_text = isinstance(content, str) and content.strip()
     whole = is_text and not re.search("[\ud800-\udfff]", content)  # no half of a character
-    need(whole, f"{where} content must be text", content)
+    need(whole, "content must be text that is not empty", content)
 
 
 def need(ok: object, rule: str, got: object) -> None:
@@ -524,7 +456,7 @@ def need(ok: object, rule: str, got: object) -> None:
 
 def need_time(name: str, value: object, least: float, most: float) -> None:
     ok = type(value) in (int, float) and least <= value <= most
-    need(ok, f"{name} must be a number from {least} to {most}", value)
+    need(ok, f"{name} must be a number from {least:g} to {most:g}", value)
 
 
 class Clips(Source):
@@ -533,6 +465,7 @@ class Clips(Source):
     Frames are decoded when a batch needs them, and stay in memory up to MEMORY bytes.
     clips: to learn from;  tested: held out, by default the same
     If no reply of `tested` has a time, each clip is a question about the whole clip (`asks`).
+    partial: clips that cannot be read are left out, each noted in `left_out`
     """
 
     kind = "training clips"
@@ -541,42 +474,65 @@ class Clips(Source):
     def __init__(self, clips: list[Clip], size: int, fps: float, partial: bool,
                  tested: list[Clip] | None = None) -> None:
         self.clips, self.size, self.fps, self.partial = clips, size, fps, partial
-        self.tested = tested or clips
+        self.tested, self.left_out = tested or clips, {}
         self.memory = {}  # video, start, end -> frames
         if not any("time" in turn for clip in self.tested for turn in replies(clip)):
-            self.asks = True
-            for clip in self.tested:
-                if [turn["role"] for turn in clip.turns[-2:]] != ["user", "assistant"]:
-                    raise ValueError(
-                        f"{clip.where} must end in a question and its answer where no reply "
-                        f"of the folder has a time, got {len(clip.turns)} turns"
-                    )
+            self.asks, given, self.tested = True, self.tested, []
+            for clip in given:
+                with leave_out(clip.where, partial, self.left_out):
+                    last = [turn["role"] for turn in clip.turns[-2:]]
+                    rule = "must end in a question and its answer where no reply has a time"
+                    need(last == ["user", "assistant"], rule, last)
+                    self.tested.append(clip)
 
     @classmethod
     def open(cls, folder: str, fps: float, partial: bool, size: int) -> "Clips":
         """The clips of all .jsonl files of a folder."""
-        clips = []
+        clips, left_out = [], {}
         for file in sorted(Path(folder).glob("*.jsonl")):
             for number, line in enumerate(file.read_bytes().splitlines(), 1):
-                if line.strip():
-                    where = f"{file}, line {number}:"
-                    clips.append(check_entry(parse_json(line, where), where, Path(folder)))
+                where = f"{file}, line {number}:"
+                with leave_out(where, partial, left_out):
+                    if line.strip():
+                        clip = check_entry(parse_json(line), where, Path(folder))
+                        need(os.path.isfile(clip.video), "video must be a file", clip.video.name)
+                        clips.append(clip)
+        print_left_out(left_out)
         if not any(replies(clip) for clip in clips):
             raise ValueError(f"{folder} must hold clips and replies, got {len(clips)} clips")
         return cls(clips, size, fps, partial)
 
     def batch(self, seed: int, step: int, count: int, rank: int = 0,
               ranks: int = 1) -> list[Sample]:
-        """At most `count` clips, none of them twice; every ranks-th of these."""
+        """At most `count` clips, none of them twice; every ranks-th of these.
+
+        The next one in the order of this rank replaces a clip that is left out.
+        """
         order = default_rng([seed, step]).permutation(len(self.clips))
-        mine = order[rank:count:ranks]
-        return [self.sample(self.clips[i], step * len(self.clips) + i) for i in mine]
+        numbered = ((self.clips[i], step * len(self.clips) + i) for i in order[rank::ranks])
+        return self.first_samples(numbered, len(order[rank:count:ranks]))
 
     def held_out(self, count: int) -> list[Sample]:
         """At most `count` held-out clips, evenly spread over all of them."""
         count = min(count, len(self.tested))
         places = [n * len(self.tested) // count for n in range(count)]
-        return [self.sample(self.tested[i], i) for i in places]
+        samples = self.first_samples(((self.tested[i], i) for i in places), count)
+        print_left_out(self.left_out)
+        return samples
+
+    def first_samples(self, numbered: Iterable[tuple[Clip, int]], count: int) -> list[Sample]:
+        """The first `count` clips that can be read. Raises ValueError if there is none."""
+        samples = []
+        for clip, number in numbered:
+            if len(samples) == count:
+                break
+            if clip.where not in self.left_out:
+                with leave_out(clip.where, self.partial, self.left_out):
+                    samples.append(self.sample(clip, number))
+        if self.left_out and not samples:
+            where, why = next(iter(self.left_out.items()))
+            raise ValueError(f"at least one clip must be readable, but {where} {why}")
+        return samples
 
     def pixels(self, sample: Sample) -> ndarray:
         """The frames of a held-out sample, decoded -> (F, S, S, 3) uint8"""
@@ -598,32 +554,40 @@ class Clips(Source):
         key = (clip.video, clip.start, clip.end)
         frames = self.memory.get(key)
         if frames is None:
-            try:
-                frames = (self.encode or self.decode)(clip)
-            except ValueError as error:
-                raise ValueError(f"{clip.where} {error}") from None
+            frames = (self.encode or self.decode)(clip)
             if frames.nbytes + sum(held.nbytes for held in self.memory.values()) <= MEMORY:
                 self.memory[key] = frames
         return Sample(frames, self.turns(clip, len(frames)), number)
 
     def turns(self, clip: Clip, frames: int) -> list[Turn]:
-        """Turns at frames. Timed texts of a role on one frame are joined, untimed ones are not."""
+        """Turns at frames. Timed texts of a role on one frame are joined, untimed ones are not.
+
+        What comes up to 1 / fps seconds after the last frame belongs to that frame. Later turns are
+        a ValueError, and with `partial` left out, but for the last reply.
+        """
         texts, first = {}, frame_index(clip.start, self.fps)
+        rule = self.check_end(clip, frames)
         for number, turn in enumerate(clip.turns):
             key = (frames, turn["role"], number)  # the number keeps untimed turns apart
             if "time" in turn:
                 frame = frame_index(turn["time"], self.fps) - first
-                if frame >= frames and not self.partial:
-                    last = clip.start + (frames - 1) / self.fps
-                    raise ValueError(
-                        f"{clip.where} time must be at most {last} s, the last frame of "
-                        f"{clip.video.name}, got {turn['time']}"
-                    )
-                if frame >= frames and not self.asks:
+                late = frame > frames
+                need(self.partial or not late, f"time {rule}", turn["time"])
+                if late and not self.asks:
+                    self.left_out[f"{clip.where} turn {number + 1}:"] = f"time {rule}"
                     continue
                 key = (min(frame, frames - 1), turn["role"], None)
             texts.setdefault(key, []).append(turn["content"])
+        lost = replies(clip) and not any("assistant" in key for key in texts)
+        need(not lost, f"the time of a reply {rule}", clip.turns)
         return [Turn(frame, role, " ".join(said)) for (frame, role, _), said in texts.items()]
+
+    def check_end(self, clip: Clip, frames: int) -> str:
+        """-> what must hold of times. Raises ValueError if a span ends after its video."""
+        end = clip.start + frames / self.fps
+        rule = f"must be at most {end} s, the end of {clip.video.name}"
+        need(self.partial or clip.end <= end or clip.end == math.inf, f"end {rule}", clip.end)
+        return rule
 
 
 def replies(clip: Clip) -> list:

@@ -45,6 +45,7 @@ from model import (
     write,
     write_json,
 )
+from video import read_video
 
 # --- the four metrics of VideoLLM-online ----------------------------------------------------------
 
@@ -184,6 +185,9 @@ def gather_evidence(
     heard: the same streams with the replies that the model has in its context: the true ones
     (teacher-forced) or its own (free-running). The true reply is scored after what was heard until
     its frame. Turns end at the true replies; a late reply is also a premature one of the next turn.
+    VideoLLM-online's code differs in two places. It does not wait after the last reply of a stream,
+    so a model that is silent there counts as punctual. And it waits without the questions that are
+    asked meanwhile.
     """
     spoke = [reading.spoke for reading in read(model, tokenizer, heard, threshold)]
     turns, told, untold = [], [], []
@@ -313,9 +317,10 @@ class Watcher:
         return self.feed(rows, late=True)
 
     def watch(
-        self, frames: Tensor, asked: list[list[Turn]] | None = None
+        self, frames: Tensor, asked: list[list[Turn]] | None = None, must_speak: bool = False
     ) -> list[Turn | None]:
         """frames: (B, 1, ...), the next of each stream;  asked: turns of frame 0, before it
+        must_speak: reply to this frame without deciding to
         -> what is said of it, as a turn of frame 0, None: silence
         """
         B = len(self.seed)
@@ -325,6 +330,11 @@ class Watcher:
             asked = [[]] * B
         logits = self.feed([self.layout(turns, 1) for turns in asked], frames)
         speaking = speaks(logits, self.threshold, self.tokenizer.silent).tolist()
+        return self.speak([must_speak or decided for decided in speaking])
+
+    def speak(self, speaking: list[bool]) -> list[Turn | None]:
+        """Let these streams reply now -> their replies, None: silence"""
+        B = len(speaking)
         if not any(speaking):
             return [None] * B
         logits = self.feed_tokens([self.tokenizer.assistant] * B, speaking, [-1] * B)
@@ -332,7 +342,7 @@ class Watcher:
         return [turn if spoke else None for turn, spoke in zip(said, speaking, strict=True)]
 
     def reply(self, logits: Tensor, speaking: list[bool], group: list[int]) -> list[Turn]:
-        """Let these streams speak. logits: (B, vocabulary) for the first token;  group: of each"""
+        """What these streams say. logits: (B, vocabulary) of the first token;  group: of each"""
         t, said = self.tokenizer, [[] for _ in speaking]
         barred = [t.pad, t.user, t.assistant, t.frame, t.silent]  # a reply is text, then `<end>`
         while any(speaking):
@@ -390,7 +400,7 @@ def watch_all(watcher: Watcher, samples: list[Sample]) -> list[list[Turn]]:
     """Watch whole streams side by side; one that has ended stands still and is not listened to."""
     said = [[] for _ in samples]
     for f in range(max(len(s.frames) for s in samples)):
-        asked = [questions_at(s, f) for s in samples]
+        asked = [data.questions_at(s.turns, f) for s in samples]
         now = [s.frames[[min(f, len(s.frames) - 1)]] for s in samples]
         for b, turn in enumerate(watcher.watch(stack_frames(now), asked)):
             if turn and f < len(samples[b].frames):
@@ -398,31 +408,36 @@ def watch_all(watcher: Watcher, samples: list[Sample]) -> list[list[Turn]]:
     return said
 
 
-def questions_at(sample: Sample, frame: int) -> list[Turn]:
-    """What is asked before a frame, as turns of frame 0"""
-    questions, _ = data.turns_at(sample.turns, frame)
-    return [turn._replace(frame=0) for turn in questions]
-
-
 def narrate(
-    watcher: Watcher, frames: Iterator[np.ndarray], fps: float, query: str, drawing: Path
+    watcher: Watcher, frames: Iterator[np.ndarray], fps: float, turns: list[Turn], drawing: Path
 ) -> None:
-    """Print what the model says as frames arrive, with the time; draw the last twelve."""
+    """Print what the model says as frames arrive, with the time; draw the last twelve.
+
+    turns: the query, then questions. The reply to the frame after a question is its answer, also
+    where there are several. Those that come after the last frame are asked at the end, in turn.
+    """
     shown, count, began = deque(maxlen=12), 0, time.perf_counter()
-    asked = [[Turn(0, "user", query)]]
     for frame in frames:
-        (said,) = watcher.watch(stack_frames([frame[None]]), asked)
-        if said:
-            print(printable(f"{count / fps:7.1f} s  {said.text}"), flush=True)
+        asked = data.questions_at(turns, count)
+        must_speak = len(asked) > (count == 0)  # the query alone needs no answer
+        (said,) = watcher.watch(stack_frames([frame[None]]), [asked], must_speak)
+        print_reply(count / fps, said)
         shown.append((frame, {layer: keep[0] for layer, keep in watcher.kept.items()}))
-        count, asked = count + 1, None
-    took = time.perf_counter() - began
-    png = picture([frame for frame, _ in shown], [kept for _, kept in shown])
+        count += 1
+    for turn in turns:
+        if turn.frame >= count:
+            watcher.feed([watcher.layout([turn._replace(frame=0)], 0)])
+            print_reply(count / fps, *watcher.speak([True]))
+    png = picture(*zip(*shown, strict=True))
     write(drawing, lambda path: path.write_bytes(png))
-    speed = f"{1000 * took / count:.0f} ms each"
-    print(f"{count} frames, {count / fps:.1f} s of video in {took:.1f} s: {speed}")
+    print(f"{count} frames, {count / fps:.1f} s of video in {time.perf_counter() - began:.1f} s")
     print("tokens in the cache of each layer:", *watcher.computed()[0].tolist())
     print(f"routing drawn in {drawing}")
+
+
+def print_reply(seconds: float, said: Turn | None) -> None:
+    if said:
+        print(printable(f"{seconds:7.1f} s  {said.text}"), flush=True)
 
 
 # --- questions, and the rank of attention maps ----------------------------------------------------
@@ -437,31 +452,27 @@ def evaluate_answers(
     skipped: share of all tokens, answers too, that the routed layers skipped
     tokens: how many each layer computed and how many there were, mean over the samples
     """
-    said, computed, given, began = [], [], [], time.perf_counter()
+    said, computed, given = [], [], []
     for first in range(0, len(samples), batch):
         asked = samples[first : first + batch]
         watcher = Watcher(model, tokenizer, torch.tensor([s.seed for s in asked]), limit=512)
         said += watcher.ask(asked)
         computed.append(watcher.computed().cpu())
         given.append(watcher.cache.seen.cpu())
-    took = time.perf_counter() - began
     computed, given = torch.cat(computed).double(), torch.cat(given).double()  # (N, L), (N, 1)
     routed = torch.tensor(model.config.keep) < 1  # (L,)
-    share = computed[:, routed].sum() / (given.sum() * routed.sum()).clamp(min=1)
-    right, right_of = [], {}
+    share = computed[:, routed].sum() / (given.sum() * routed.sum())
+    right_of = {}  # kind of question -> is each answer right?
     for sample, answer in zip(samples, said, strict=True):
         true = tokenizer.decode(tokenizer.encode(sample.turns[-1].text))
-        right.append(answer == true)
         kind = sample.turns[-2].text.split(" the ")[0]
         right_of.setdefault(kind, []).append(answer == true)
-    free = {
-        "accuracy": fmean(right),
-        "skipped": float(1 - share) if routed.any() else 0.0,
-        "seconds_per_answer": took / len(said),
-    }
+    scores = source.score(model, tokenizer, samples, said)
+    scores["accuracy"] = fmean(chain(*right_of.values()))
+    scores["skipped"] = float(1 - share) if routed.any() else 0.0
     result = {
         "questions": len(samples),
-        "free_running": free | source.score(model, tokenizer, samples, said),
+        "free_running": scores,
         "tokens": {"computed": computed.mean(0).tolist(), "given": float(given.mean())},
     }
     if len(right_of) < 10:
@@ -470,20 +481,15 @@ def evaluate_answers(
 
 
 def print_ranks(model: VideoLM, tokenizer: Tokenizer, source: Source, samples: int = 50) -> None:
-    """A bar per layer, the spread over samples, the placement it implies, and other samples."""
-    drawn = source.batch(0, 0, 2 * samples)
-    ranks = sample_ranks(model, [collate([s], model.config, tokenizer) for s in drawn])
-    ranks, others = ranks[:samples], ranks[samples:]
+    """A bar per layer, the spread over samples, and the placement that it implies"""
+    batches = [collate([s], model.config, tokenizer) for s in source.batch(0, 0, samples)]
+    ranks = sample_ranks(model, batches)
     mean, spread = ranks.mean(0), ranks.std(0, correction=0)
     print(f"ARank of {len(ranks)} samples: rank of the attention maps, mean over heads, +- spread")
     for layer, r in enumerate(rank_placement(mean.tolist(), 0.5)):
         bar = "#" * round(40 * float(mean[layer] / mean.max()))
         kind = "dense" if r == 1 else "routed"
         print(f"layer {layer:2} {mean[layer]:7.1f} +-{spread[layer]:5.1f}  {kind:6}  {bar}")
-    if len(others):
-        order = [m.argsort().argsort().double() for m in (mean, others.mean(0))]
-        agreement = torch.corrcoef(torch.stack(order))[0, 1]
-        print(f"Spearman correlation with {len(others)} others: {agreement:.2f}")
 
 
 # --- what a run shows -----------------------------------------------------------------------------
@@ -615,7 +621,6 @@ METRICS = (  # title, key, form; those indented are corrections of the one above
     ("  said wrong", "said_wrong", "{:.1%}"),
     ("answers right", "accuracy", "{:.1%}"),
     ("tokens skipped", "skipped", "{:.1%}"),
-    ("  time per answer", "seconds_per_answer", "{:.4f} s"),
 )
 
 
@@ -683,6 +688,7 @@ class WatchConfig:
     run: str = flag("", "run folder (default: the newest in out/)", positional=True)
     watch: str = flag("", "video to watch (default: held-out streams of the run's task)")
     query: str = flag("", "of --watch: what to ask first (default: what the task asks)")
+    ask: tuple = flag((), 'of --watch: "12.5 What is it?" asks at that time; may be repeated')
     window: int = flag(0, "of --watch: frames to remember, 0: all")
     partial: bool = flag(False, "of --watch: use what can be decoded of a damaged video")
     threshold: float = flag(0.0, "speak where silence is less likely than this")
@@ -733,14 +739,15 @@ def watch(cfg: EvalConfig, model: VideoLM, folder: Path, settings: dict) -> None
     watcher = Watcher(model, tokenizer, torch.zeros(1).long(), cfg.threshold, cfg.window)
     query = cfg.query or data.find_task(settings["task"]).query
     size, fps = model.config.image_size, settings["fps"]
-    video = data.read_video(Path(cfg.watch), fps, size, cfg.partial)
+    turns = [Turn(0, "user", query), *(data.parse_question(text, fps) for text in cfg.ask)]
+    video = read_video(Path(cfg.watch), fps, size, cfg.partial)
     with contextlib.closing(video) as frames:  # also on KeyboardInterrupt
-        narrate(watcher, frames, fps, query, folder / "watch.png")
+        narrate(watcher, frames, fps, turns, folder / "watch.png")
 
 
 def main(argv: list[str] | None = None) -> None:
     cfg, given = parse(EvalConfig, argv, __doc__)
-    for name in sorted(given & {"query", "window", "partial"}):
+    for name in sorted(given & {"query", "ask", "window", "partial"}):
         if not cfg.watch:
             raise ValueError(f"{name} must be given with watch, got no watch")
     folder = Path(cfg.run) if cfg.run else newest_run()

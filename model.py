@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -98,9 +97,10 @@ def check_fields(config: object) -> None:
     """
     for f in fields(config):
         value, kind = getattr(config, f.name), type(f.default)
-        if type(value) is not kind and (kind, type(value)) != (float, int):
+        if type(value) is not kind and (kind, type(value)) not in ((float, int), (tuple, list)):
             raise ValueError(f"{f.name} must be of type {kind.__name__}, got {value!r:.60}")
-        if kind is tuple and not {type(x) for x in value} <= {int, float}:
+        # A tuple of a flag is what was given each time, so texts.
+        if kind is tuple and not f.metadata and not {type(x) for x in value} <= {int, float}:
             raise ValueError(f"{f.name} must be numbers, got {value!r:.60}")
         if kind in (int, float):
             check_range(f.name, value, f.name in getattr(config, "may_be_zero", ()))
@@ -559,9 +559,8 @@ def streaming_loss(
 
 def initialise(model: VideoLM, seed: int) -> VideoLM:
     """Draw every weight from `seed`, on the device where it is."""
-    parameters = dict(model.named_parameters())
     generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
-    for name, p in parameters.items():
+    for name, p in model.named_parameters():
         draw_weight(name, p, generator)
     return model
 
@@ -633,7 +632,7 @@ class Cache:
     stream, group ids must grow from chunk to chunk.
     """
 
-    def __init__(self, model: VideoLM, streams: int = 1) -> None:
+    def __init__(self, model: VideoLM, streams: int) -> None:
         c, weight = model.config, model.embed_tokens.weight
         kv = weight.new_empty(2, streams, c.num_key_value_heads, 0, c.head_dim)
         position = weight.new_empty(streams, 0, dtype=torch.int64)
@@ -768,8 +767,7 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path} must be written whole: {error}") from None
     finally:  # also on KeyboardInterrupt
-        with suppress(OSError):
-            unfinished.unlink()
+        unfinished.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: dict | list) -> None:
@@ -800,21 +798,30 @@ class Parser(argparse.ArgumentParser):
 def parse(cls: type, argv: list[str] | None, doc: str) -> tuple[object, set[str]]:
     """One flag per field of a dataclass -> an instance of it, and the names of the fields given.
 
+    The flag of a tuple may be repeated, and gives a list of texts.
+
     Raises ValueError for what is no flag or no value of one, and as the dataclass does.
     """
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=doc, allow_abbrev=False, formatter_class=formatter)
+    parser = Parser(
+        description=doc,
+        allow_abbrev=False,
+        formatter_class=formatter,
+        argument_default=argparse.SUPPRESS,
+    )
     for f in fields(cls):
         kind, help = type(f.default), f.metadata["help"]
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
+        elif kind is tuple:
+            how = {"action": "append"}
         else:
             how = {"type": kind}
             help += "" if f.default == "" else f" (default: {f.default})"
         if f.metadata["positional"]:
-            parser.add_argument(f.name, nargs="?", default=argparse.SUPPRESS, help=help)
+            parser.add_argument(f.name, nargs="?", help=help)
         else:
-            parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **how)
+            parser.add_argument(f"--{f.name}", help=help, **how)
     given = vars(parser.parse_args(argv))
     return cls(**given), set(given)
 

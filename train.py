@@ -75,7 +75,7 @@ class TrainConfig:
     task: str = flag("narration", f"{', '.join(data.TASKS)}, or one of extras/benchmarks.py")
     data: str = flag("", "folder of clips and .jsonl conversations to learn from instead")
     fps: float = flag(2.0, "frames per second to read of clips")
-    partial: bool = flag(False, "use what can be decoded of damaged clips")
+    partial: bool = flag(False, "leave out bad entries, use what can be decoded of clips")
     preset: str = flag("tiny", f"sizes of the model: {', '.join(PRESETS)}")
     init: str = flag("", "run folder whose weights to start from, instead of a preset")
     plan: str = flag("interleaved", f"which layers are routed: arank, {', '.join(PLACEMENTS)}")
@@ -139,19 +139,18 @@ def settings(cfg: TrainConfig, given: set[str]) -> TrainConfig:
 
 
 def resumed(cfg: TrainConfig, given: set[str]) -> TrainConfig:
-    """The settings that the run began with; only how it is computed may change."""
+    """The settings that the run began with; how it is computed may change, and `partial`."""
     file = cfg.folder / "train.json"
     try:
         began = TrainConfig(**read_json(file))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} must hold the settings of the run to resume: {error}") from None
-    free = given & {"device", "compile"}
-    for name in sorted(given - free - {"out", "resume"}):
+    free = given & {"out", "resume", "device", "compile", "partial"}
+    for name in sorted(given - free):
         now, was = getattr(cfg, name), getattr(began, name)
         if now != was:
             raise ValueError(f"{name} must be {was} to resume {cfg.folder}, got {now}")
-    changed = {name: getattr(cfg, name) for name in free}
-    return replace(began, out=cfg.out, resume=True, **changed)
+    return replace(began, **{name: getattr(cfg, name) for name in free})
 
 
 def check_new(folder: Path) -> None:
@@ -346,10 +345,11 @@ def begin(cfg: TrainConfig, model: VideoLM, optimizers: list[Optimizer]) -> int:
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{folder}: {learned:,} parameters to learn")
     print(f"keep ratios of the layers: {', '.join(f'{r:g}' for r in keep)}")
-    if cfg.resume:
-        return resume(folder, optimizers)
-    about = {"argv": sys.argv[1:], "placement": keep} | asdict(cfg) | provenance()
+    first = resume(folder, optimizers) if cfg.resume else 0
     write_json(folder / "train.json", asdict(cfg))
+    if cfg.resume:
+        return first
+    about = {"argv": sys.argv[1:], "placement": keep} | asdict(cfg) | provenance()
     write(folder / "log.jsonl", lambda path: path.write_text(json.dumps(about) + "\n"))
     checkpoint(folder, model, optimizers, 0)
     return 0

@@ -17,6 +17,8 @@ Clips whose video is missing are left out and counted. Without DIR there are
 three worlds that stand in for them: scene, forecast, summary (worlds.py).
 """
 
+import math
+import os
 import re
 import zlib
 from collections import defaultdict
@@ -26,19 +28,41 @@ from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
-from data import Clip, Clips, Sample, Tokenizer, Turn, check_entry, frame_index, parse_json, replies
+from data import (
+    Clip,
+    Clips,
+    Sample,
+    Tokenizer,
+    Turn,
+    check_entry,
+    leave_out,
+    need,
+    need_time,
+    parse_json,
+    print_left_out,
+    replies,
+)
 from extras import worlds
 from extras.scores import draw_candidates, forecast, numbered, relaxed, top1, true_answers
 from model import VideoLM, parse, run_main
+from video import frame_index
+
+# What reading a record raises that is not as it should be
+MISTAKES = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 
 
 class Benchmark(Clips):
-    """Clips to learn from and held-out clips, from the annotation files of a benchmark."""
+    """Clips to learn from and held-out clips, from the annotation files of a benchmark.
+
+    A record is what a file has of one video or image, an entry what data.check_entry reads.
+    records: folder, "train" or "val" -> what names a record, and the record
+    entries: record -> its clips
+    """
 
     kind = "held-out clips"
     folder: Path
-    # folder, "train" or "val" -> each clip of the split, in the format of data.check_entry
-    entries: ClassVar[Callable[[Path, str], Iterator[dict]]]
+    records: ClassVar[Callable[[Path, str], Iterator[tuple[str, object]]]]
+    entries: ClassVar[Callable[[object], Iterator[dict]]]
 
     @classmethod
     def open(cls, folder: str, fps: float, partial: bool, size: int) -> "Benchmark":
@@ -46,27 +70,27 @@ class Benchmark(Clips):
             raise ValueError(
                 f"data must name a folder of the benchmark for the task {cls.task}, got none"
             )
-        train, tested = cls.read(Path(folder), "train"), cls.read(Path(folder), "val")
-        source = cls(train, size, fps, partial, tested)
+        train = cls.read(Path(folder), "train", partial)
+        source = cls(train, size, fps, partial, cls.read(Path(folder), "val", partial))
         source.folder = Path(folder)
         return source
 
     @classmethod
-    def read(cls, folder: Path, split: str) -> list[Clip]:
-        """The clips of a split that have their video."""
+    def read(cls, folder: Path, split: str, partial: bool = False) -> list[Clip]:
+        """The clips of a split that have their video. partial: bad records are left out."""
+        clips, left_out = [], {}
         try:
-            entries = []
-            for entry in cls.entries(folder, split):
-                where = f"{folder}, {cls.task} {split}, {str(entry['video'])[:60]}:"
-                entries.append((entry, where))
-        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
-            if str(error).startswith(str(folder)):  # it names the file already
+            for where, record in cls.records(folder, split):
+                with leave_out(f"{where}:", partial, left_out):
+                    clips += cls.clips_of(where, record, folder)
+        except MISTAKES as error:
+            if type(error) is ValueError:  # it names the file already
                 raise
             raise ValueError(
-                f"{folder} must hold annotations of {cls.task}, got {error!r}"
+                f"{folder} must hold annotations of {cls.task}, got {error!r:.60}"
             ) from None
-        clips = [check_entry(entry, where, folder) for entry, where in entries]
-        found = [clip for clip in clips if clip.video.is_file()]
+        print_left_out(left_out)
+        found = [clip for clip in clips if os.path.isfile(clip.video)]
         if not any(replies(clip) for clip in found):
             raise ValueError(
                 f"{folder} must hold clips and replies ({cls.task}, {split}), "
@@ -76,23 +100,40 @@ class Benchmark(Clips):
             print(f"{folder}: {len(clips) - len(found)} of {len(clips)} clips lack their video")
         return found
 
+    @classmethod
+    def clips_of(cls, where: str, record: object, folder: Path) -> list[Clip]:
+        """Raises ValueError for whatever is wrong with a record."""
+        try:
+            clips = []
+            for number, entry in enumerate(cls.entries(record), 1):
+                clips.append(check_entry(entry, f"{where}, clip {number}:", folder))
+            return clips
+        except MISTAKES as error:
+            if type(error) is ValueError:
+                raise
+            raise ValueError(f"must have the fields of {cls.task}, got {error!r:.60}") from None
+
     def answers(self) -> list[str]:
         """All answers of the held-out clips"""
         return [turn["content"] for clip in self.tested for turn in replies(clip)]
 
 
-def read_annotations(file: Path) -> object:
-    """JSON in which a missing key is a ValueError that names the file and the key."""
+def read_annotations(file: Path, key: str = "") -> object:
+    """What a JSON file has at a key, or all of it. Raises ValueError, naming the file."""
+    with leave_out(str(file), False, {}):
+        found = parse_json(file.read_bytes(), object_hook=Record)
+        return found[key] if key else found
 
-    class Record(dict):
-        def __missing__(self, key: str) -> None:
-            there = str(list(self))[:60]
-            raise ValueError(f"{file} must have {key!r} where it has {there}, got none")
 
-    return parse_json(file.read_bytes(), str(file), object_hook=Record)
+class Record(dict):
+    """A JSON object in which a missing key is a ValueError."""
+
+    def __missing__(self, key: str) -> None:
+        raise ValueError(f"must have {key!r} where it has {str(list(self))[:60]}, got none")
 
 
 def sentence(text: str) -> str:
+    need(text.strip(" ."), "a text must not be empty", text)
     text = " ".join(text.split()).rstrip(". ")
     return f"{text[:1].upper()}{text[1:]}."
 
@@ -122,39 +163,45 @@ class Ego4D(Benchmark):
     )
 
     @classmethod
-    def entries(cls, folder: Path, split: str) -> Iterator[dict]:
+    def records(cls, folder: Path, split: str) -> Iterator[tuple[str, object]]:
         val, test = listed_videos(folder, "*_val.json"), listed_videos(folder, "*_test*.json")
         file = folder / "all_narrations_redacted.json"
-        for uid, video in read_annotations(file)["videos"].items():
+        for uid, video in read_annotations(file, "videos").items():
             of = "val" if uid in val else "test" if uid in test else "train"
-            if of != split:
-                continue
-            for said in narrations(video).values():
-                turns = [{"time": 0, "role": "user", "content": cls.query}]
-                for time, text in said.items():
-                    if text != turns[-1]["content"]:
-                        turns.append({"time": time, "role": "assistant", "content": text})
-                end = turns[-1]["time"]
-                yield {"video": f"{uid}.mp4", "end": end, "conversation": turns}
+            if of == split:
+                yield f"{file}, {uid}", (uid, video)
+
+    @classmethod
+    def entries(cls, record: tuple[str, dict]) -> Iterator[dict]:
+        uid, video = record
+        for said in narrations(video).values():
+            turns = [{"time": 0, "role": "user", "content": cls.query}]
+            for time, text in said.items():
+                if text != turns[-1]["content"]:
+                    turns.append({"time": time, "role": "assistant", "content": text})
+            yield {"video": f"{uid}.mp4", "end": turns[-1]["time"], "conversation": turns}
 
     def turns(self, clip: Clip, frames: int) -> list[Turn]:
         """As in data.py, but what is narrated after the end of the file is left out."""
         last = frames - 1
         told = [turn for turn in clip.turns if frame_index(turn["time"], self.fps) <= last]
-        return super().turns(clip._replace(turns=told), frames)
+        return super().turns(clip._replace(turns=told, end=math.inf), frames)
 
 
 def listed_videos(folder: Path, lists: str) -> set[str]:
     """The videos in files of these names"""
     found = set()
     for file in folder.glob(lists):
-        found.update(re.findall(r'"video_uid"\s*:\s*"([^"]+)"', file.read_text()))
+        named = re.findall(rb'"video_uid"\s*:\s*"([^"]+)"', file.read_bytes())
+        found.update(uid.decode(errors="replace") for uid in named)
     return found
 
 
 def narrations(video: dict) -> dict[str, dict[float, str]]:
     """annotator -> time -> text, cleaned of the tags #C (the wearer), #O and #unsure"""
     said: dict[str, dict[float, str]] = defaultdict(dict)
+    for narration in video["narrations"]:
+        need_time("time", narration["time"], 0, 1e9)
     for narration in sorted(video["narrations"], key=lambda narration: narration["time"]):
         text = re.sub(r"#(C|O|unsure)?|@c", "", narration["text"], flags=re.IGNORECASE)
         text = text.strip(" .,\n")
@@ -169,10 +216,20 @@ def narrations(video: dict) -> dict[str, dict[float, str]]:
 
 def taxonomy(folder: Path) -> tuple[list[str], list[str]]:
     """Ego4D's verbs, of one word each, and its nouns"""
-    words = read_annotations(folder / "fho_lta_taxonomy.json")
-    verbs = [name.replace("_", "-") for name in short_names(words["verbs"])]
-    nouns = [name.replace("_", " ") for name in short_names(words["nouns"])]
+    file = folder / "fho_lta_taxonomy.json"
+    verbs = short_names(read_annotations(file, "verbs"))
+    nouns = short_names(read_annotations(file, "nouns"))
+    verbs = [name.replace("_", "-") for name in verbs]
+    nouns = [name.replace("_", " ") for name in nouns]
     return verbs, nouns
+
+
+def pick(words: list[str], key: str, action: dict) -> str:
+    """The verb or noun of an action"""
+    label = action[key]
+    fits = type(label) is int and 0 <= label < len(words)
+    need(fits, f"{key} must be below {len(words)}", label)
+    return words[label]
 
 
 def short_names(words: list[str]) -> list[str]:
@@ -187,25 +244,34 @@ class LTA(Benchmark):
     task, asks = "lta", True
 
     @classmethod
-    def entries(cls, folder: Path, split: str) -> Iterator[dict]:
+    def records(cls, folder: Path, split: str) -> Iterator[tuple[str, object]]:
+        names, clips = taxonomy(folder), defaultdict(list)
+        file = folder / f"fho_lta_{split}.json"
+        for action in read_annotations(file, "clips"):
+            uid = action.get("clip_uid") if isinstance(action, dict) else None
+            clips[str(uid)].append(action)
+        for uid, actions in clips.items():
+            yield f"{file}, {uid}", (actions, *names)
+
+    @classmethod
+    def entries(cls, record: tuple[list[dict], list[str], list[str]]) -> Iterator[dict]:
         question = "Eight actions are seen. List the 20 that follow, each as a verb and a noun."
-        verbs, nouns = taxonomy(folder)
-        clips = defaultdict(list)
-        for action in read_annotations(folder / f"fho_lta_{split}.json")["clips"]:
-            clips[action["clip_uid"]].append(action)
-        for actions in clips.values():
-            actions.sort(key=lambda action: action["action_idx"])
-            names = []
-            for action in actions:
-                verb, noun = verbs[action["verb_label"]], nouns[action["noun_label"]]
-                names.append(sentence(f"{verb} {noun}"))
-            for i in range(len(actions) - 27):
-                first, eighth = actions[i], actions[i + 7]
-                began = first["clip_parent_start_sec"]
-                start = began + first["action_clip_start_sec"]
-                end = began + eighth["action_clip_end_sec"]
-                answer = numbered(names[i + 8 : i + 28])
-                yield question_of_span(first["video_uid"], start, end, question, answer)
+        actions, verbs, nouns = record
+        actions = sorted(actions, key=lambda action: action["action_idx"])
+        places = {action["action_idx"] for action in actions}
+        need(len(places) == len(actions), "each action_idx must come once", len(actions))
+        names = []
+        for action in actions:
+            verb = pick(verbs, "verb_label", action)
+            noun = pick(nouns, "noun_label", action)
+            names.append(sentence(f"{verb} {noun}"))
+        for i in range(len(actions) - 27):
+            first, eighth = actions[i], actions[i + 7]
+            began = first["clip_parent_start_sec"]
+            start = began + first["action_clip_start_sec"]
+            end = began + eighth["action_clip_end_sec"]
+            answer = numbered(names[i + 8 : i + 28])
+            yield question_of_span(first["video_uid"], start, end, question, answer)
 
     def answers(self) -> list[str]:
         """Actions that have every word of the taxonomy"""
@@ -246,15 +312,17 @@ class Keystep(Steps):
     task = "keystep"
 
     @classmethod
-    def entries(cls, folder: Path, split: str) -> Iterator[dict]:
-        takes = read_annotations(folder / f"keystep_{split}.json")["annotations"]
-        for take in takes.values():
-            for segment in take["segments"]:
-                start, end = segment["start_time"], segment["end_time"]
-                answer = sentence(segment["step_name"])
-                yield question_of_span(
-                    take["take_name"], start, end, "Which step is this?", answer
-                )
+    def records(cls, folder: Path, split: str) -> Iterator[tuple[str, object]]:
+        file = folder / f"keystep_{split}.json"
+        for uid, take in read_annotations(file, "annotations").items():
+            yield f"{file}, {uid}", take
+
+    @classmethod
+    def entries(cls, record: dict) -> Iterator[dict]:
+        for segment in record["segments"]:
+            start, end = segment["start_time"], segment["end_time"]
+            answer = sentence(segment["step_name"])
+            yield question_of_span(record["take_name"], start, end, "Which step is this?", answer)
 
 
 CAMEL = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"  # between words, as in ReplaceCDDrive
@@ -264,11 +332,17 @@ class Coin(Steps):
     """COIN: name the step, the next step or the task, or list up to five steps to come."""
 
     @classmethod
-    def entries(cls, folder: Path, split: str) -> Iterator[dict]:
-        for name, video in read_annotations(folder / "COIN.json")["database"].items():
-            if (video["subset"] == "training") == (split == "train"):
-                for start, end, question, answer in cls.questions(video)[cls.task]:
-                    yield question_of_span(name, start, end, question, answer)
+    def records(cls, folder: Path, split: str) -> Iterator[tuple[str, object]]:
+        file = folder / "COIN.json"
+        for name, video in read_annotations(file, "database").items():
+            yield f"{file}, {name}", (name, video, split)
+
+    @classmethod
+    def entries(cls, record: tuple[str, dict, str]) -> Iterator[dict]:
+        name, video, split = record
+        if (video["subset"] == "training") == (split == "train"):
+            for start, end, question, answer in cls.questions(video)[cls.task]:
+                yield question_of_span(name, start, end, question, answer)
 
     @classmethod
     def questions(cls, video: dict) -> dict[str, list[tuple]]:
@@ -279,7 +353,10 @@ class Coin(Steps):
         more = "What are the next steps, five at most?"
         steps = []
         for step in video["annotation"]:
-            start, end = step["segment"]
+            segment = step["segment"]
+            pair = isinstance(segment, list) and len(segment) == 2
+            need(pair, "segment must be [start, end]", segment)
+            start, end = segment
             steps.append((start, end, sentence(step["label"])))
         for i, (start, end, label) in enumerate(steps):
             asked["coin-step"].append((start, end, "What is being done?", label))
@@ -319,26 +396,29 @@ class Llava(Benchmark):
     """Image instructions of LLaVA: questions after the image.
 
     Without val.json, every twentieth image is val. Entries without an image are left out, and so
-    are turns that are no pair of a question and an answer.
+    are turns that are no pair of a question and an answer. Several images are a mistake.
     """
 
     task, asks = "llava", True
 
     @classmethod
-    def entries(cls, folder: Path, split: str) -> Iterator[dict]:
+    def records(cls, folder: Path, split: str) -> Iterator[tuple[str, object]]:
         whole = not (folder / "val.json").exists()
         files = sorted(folder.glob("*.json")) if whole else [folder / f"{split}.json"]
         for file in files:
-            for entry in read_annotations(file):
-                if "image" not in entry:
-                    continue
-                image = entry["image"]
-                is_val = zlib.crc32(str(image).encode()) % 20 == 0
-                if whole and is_val != (split == "val"):
-                    continue
-                turns = question_pairs(entry["conversations"])
-                if turns:
-                    yield {"video": image, "end": 0, "conversation": turns}
+            for number, entry in enumerate(read_annotations(file), 1):
+                yield f"{file}, entry {number}", (entry, split if whole else "")
+
+    @classmethod
+    def entries(cls, record: tuple[dict, str]) -> Iterator[dict]:
+        entry, split = record
+        image = image_of(entry)
+        is_val = zlib.crc32(str(image).encode()) % 20 == 0
+        if not image or (split and is_val != (split == "val")):
+            return
+        turns = question_pairs(entry["conversations"])
+        if turns:
+            yield {"video": image, "end": 0, "conversation": turns}
 
     def score(
         self, model: VideoLM, tokenizer: Tokenizer, samples: list[Sample], said: list[str]
@@ -347,11 +427,23 @@ class Llava(Benchmark):
         return relaxed(said, true_answers(tokenizer, samples))
 
 
+def image_of(entry: dict) -> object:
+    """The image of an entry, or nothing: some files have null, an empty text or a list there."""
+    image = entry.get("image")
+    if isinstance(image, list):
+        need(len(image) < 2, "image must be one file", image)
+        image = image[0] if image else None
+    return image
+
+
 def question_pairs(conversation: list[dict]) -> list[dict]:
     """Untimed turns: each question of the human that the model answers, and the answer"""
     said = []
     for turn in conversation:
-        said.append((turn["from"], turn["value"].replace("<image>", "").strip()))
+        text = turn["value"]
+        known = type(text) in (str, int, float) and text == text  # NaN is not
+        need(known, "value must be text or a number", text)
+        said.append((turn["from"], str(text).replace("<image>", "").strip()))
     turns = []
     for (asks, question), (tells, answer) in pairwise(said):
         if (asks, tells) == ("human", "gpt") and question and answer:

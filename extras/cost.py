@@ -221,8 +221,9 @@ def gamma_cost(skipped: float, tokens: int = 1400) -> float:
     """TeraFLOPs of a prefill where 4 of 32 layers are dense.    Table 1 of gamma-MoD
 
     skipped: share of tokens that skip each routed layer;  tokens: of the prompt
+    Tokens are cut to an integer, as in the released cal_flops.py; `capacity` rounds to the nearest.
     """
-    routed = round(tokens * (1 - skipped))
+    routed = int(tokens * (1 - skipped))
     macs = flops(SIZES["vicuna-7b"], [tokens] * 4 + [routed] * 28)
     return 2 * sum(macs.values()) / 1e12
 

@@ -23,6 +23,7 @@ import eval as evaluation
 from data import Turn
 from eval import WatchConfig, Watcher, newest_run, read_settings
 from model import flag, load, parse, pick_device, printable, run_main, write
+from video import read_video
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "assets" / "watch.html"
 
@@ -82,7 +83,7 @@ def frames_of(cfg: PageConfig, settings: dict, size: int) -> tuple[Iterator[np.n
     """The frames of the video, or of a held-out stream, and the question before the first"""
     task = data.find_task(settings["task"])
     if cfg.watch:
-        video = data.read_video(Path(cfg.watch), settings["fps"], size, cfg.partial)
+        video = read_video(Path(cfg.watch), settings["fps"], size, cfg.partial)
         return video, cfg.query or task.query
     if settings["data"] or not issubclass(task, data.World) or task.asks:
         rule = f"watch must be given for the task {settings['task']}"

@@ -75,8 +75,8 @@ def tiny(keep: tuple[float, ...], seed: int, device: str, **chosen) -> VideoLM:
     config = Config(
         keep=keep, num_hidden_layers=len(keep), hidden_size=16, intermediate_size=24, num_attention_heads=4,
         head_dim=4, image_size=8, patch_size=4, vision_hidden_size=8,
-        vision_intermediate_size=16, vision_layers=1, vision_heads=2,
-        **{"pool": 2, "vocab_size": 23, "num_key_value_heads": 2} | chosen)
+        vision_intermediate_size=16, vision_heads=2,
+        **{"pool": 2, "vocab_size": 23, "num_key_value_heads": 2, "vision_layers": 1} | chosen)
     return initialise(VideoLM(config), seed).double().requires_grad_(False).to(device)
 
 
@@ -136,7 +136,7 @@ def watches(draw, max_streams=3, together=False, max_chunks=4, ratios=RATIOS, **
     """
     chosen = {"pool": draw(st.integers(1, 2)), "router": draw(st.sampled_from(ROUTERS)),
               "gate": draw(st.sampled_from(sorted(GATES))), "masked": draw(st.sampled_from(sorted(MASKED))),
-              "weigh": draw(st.sampled_from(WEIGHED)), "num_key_value_heads": draw(st.sampled_from([1, 2]))}
+              "weigh": draw(st.sampled_from(WEIGHED)), "num_key_value_heads": draw(st.sampled_from([1, 2, 4]))}
     keep, B = tuple(draw(st.lists(ratios, min_size=1, max_size=4))), draw(st.integers(1, max_streams))
     model = tiny(keep, draw(SEEDS), draw(st.sampled_from(DEVICES)), **chosen | fixed)
     few = st.lists(st.just(False), max_size=2)

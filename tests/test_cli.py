@@ -78,6 +78,31 @@ def test_too_little_memory_is_a_sentence_and_a_defect_is_not(capsys, error):
         models.run_main(main)
 
 
+def test_who_has_had_enough_gets_the_status_of_an_interrupt():
+    def main(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        models.run_main(main)
+    assert ended.value.code == 130
+
+
+def test_a_flag_has_the_default_and_the_type_of_its_field_and_the_run_needs_no_flag(capsys):
+    with pytest.raises(SystemExit):
+        evaluation.main(["--help"])
+    printed = capsys.readouterr().out
+    assert "(default: 64)" in printed and "(default: False)" not in printed and "(default: )" not in printed
+    cfg, given = models.parse(evaluation.EvalConfig, ["here", "--threshold", "1", "--no-arank"], "")
+    assert (cfg.run, cfg.threshold, cfg.arank, given) == ("here", 1.0, False, {"run", "threshold", "arank"})
+
+
+def test_a_number_may_be_as_large_as_its_type_and_the_device_is_the_best_there_is():
+    models.check_range("steps", 2**31 - 1, may_be_zero=False)
+    with pytest.raises(ValueError, match=r"steps must be above 0 and below 2\*\*31, got 2147483648"):
+        models.check_range("steps", 2**31, may_be_zero=False)
+    assert models.pick_device("").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def test_a_run_is_trained_evaluated_and_drawn(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main([*SMALL, "--plan", "all", "--keep", "0.5", "--out", "out/mine"])
@@ -104,9 +129,9 @@ def test_a_dense_run_is_converted_with_two_commands(tmp_path, capsys, monkeypatc
     assert (settings["routing_loss"], settings["plan"]) == (0.01, "arank")
     capsys.readouterr()
     evaluation.main(["out/dense", "--arank", "--device", "cpu"])
-    *ranks, agreement = capsys.readouterr().out.splitlines()
+    ranks = capsys.readouterr().out.splitlines()
     kinds = [{"dense": 1.0, "routed": 0.5}[line.split("+-")[1].split()[1]] for line in ranks[1:]]
-    assert kinds == config["keep"] and agreement.startswith("Spearman correlation with 50 others")
+    assert kinds == config["keep"]
     with pytest.raises(ValueError, match="ARank must be measured on a dense run"):
         evaluation.main(["out/gamma", "--arank", "--device", "cpu"])
     result = json.loads(Path("out/gamma/eval.json").read_text())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from strategies import keep
 
+import data
 import eval as evaluation
 from data import Tokenizer, Turn, World
 from model import Config, VideoLM, initialise
@@ -50,7 +51,8 @@ def test_memory_and_time_per_frame_stay_flat(monkeypatch, tmp_path, frames):
             clock[n] = time.process_time()  # the machine has other work too
             yield noise[n % 16]
 
-    evaluation.narrate(watcher, stream(), 2.0, "Go.", tmp_path / "watch.png")
+    turns = [Turn(0, "user", "Go.")]
+    evaluation.narrate(watcher, stream(), 2.0, turns, tmp_path / "watch.png")
     took = np.diff(clock)
     early, late = np.median(took[frames // 20 : frames // 10]), np.median(took[-frames // 20 :])
     grown = memory[-1] / memory[2] - 1
@@ -72,7 +74,8 @@ def test_a_reply_without_an_end_is_ended_after_its_limit_and_the_stream_goes_on(
     watcher = evaluation.Watcher(model, TOKENIZER, torch.zeros(1).long(), limit=7)
     frames = torch.randint(256, (3, 1, 1, 3, 16, 16)).byte()
     said = [watcher.watch(frame)[0] for frame in frames]
-    assert [len(turn.said) for turn in said] == [7, 7, 7]
+    assert [(turn.frame, turn.role, len(turn.said)) for turn in said] == [(0, "assistant", 7)] * 3
+    assert watcher.kept[1].shape == (1, SMALL.tokens_per_frame)  # of the frame, not of the reply
     assert int(watcher.cache.seen) == 3 * (2 + 1 + 1 + 7 + 1)  # frame, <frame>, <assistant>, reply, <end>
 
 
@@ -85,15 +88,19 @@ def test_no_window_is_kept_where_questions_may_skip_as_they_would_compete_in_one
 def test_a_question_in_mid_stream_is_heard_before_its_frame_with_a_window_as_without(monkeypatch):
     model = initialise(VideoLM(SMALL), 0).double().eval()
     frames = torch.randint(256, (6, 1, 1, 3, 16, 16)).byte()
-    seen = []
+    seen, kept = [], []
     monkeypatch.setattr(evaluation, "speaks", lambda logits, *_: seen.append(logits) or torch.tensor([False]))
     for window in (0, 6):
         watcher = evaluation.Watcher(model, TOKENIZER, torch.zeros(1).long(), window=window)
         for n, frame in enumerate(frames):
             watcher.watch(frame, [[Turn(0, "user", "And now?")]] if n == 3 else None)
+        kept.append(watcher.kept)
     whole = World(16, 6).held_out(1)[0]._replace(turns=[Turn(3, "user", "And now?")], seed=0)
     whole = whole._replace(frames=frames[:, 0, 0].movedim(1, -1).numpy())
     b, out = evaluation.hear(model, TOKENIZER, [whole])
+    vision = (b.tokens[0] == data.VISION).nonzero()[:, 0]
+    last = vision[-SMALL.tokens_per_frame :]
+    assert all(watched.keys() == {1} and torch.equal(watched[1], out.keep[1][:, last]) for watched in kept)
     at_once = model.logits(out.hidden[0][b.decision[0]])
     for one_by_one in (seen[:6], seen[6:]):
         torch.testing.assert_close(torch.cat(one_by_one).double(), at_once, rtol=1e-5, atol=1e-5)

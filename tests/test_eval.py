@@ -1,5 +1,6 @@
 """What is scored is what a model did: turns cut as the metrics say, its own replies heard, pictures true."""
 
+import re
 import struct
 import zlib
 
@@ -13,7 +14,17 @@ import data
 import eval as evaluation
 import train
 from data import Sample, Tokenizer, Turn, World
-from eval import Evidence, Reading, cut, evaluate, gather_evidence, on_shapes, picture, replies
+from eval import (
+    Evidence,
+    Reading,
+    Watcher,
+    cut,
+    evaluate,
+    gather_evidence,
+    on_shapes,
+    picture,
+    replies,
+)
 from model import Config, VideoLM, initialise, printable
 
 TOKENIZER = Tokenizer()
@@ -92,15 +103,49 @@ def test_a_video_is_watched_with_and_without_a_window(tmp_path, capsys, monkeypa
     train.main(["--steps", "1", "--batch", "1", "--streams", "1", "--device", "cpu", "--out", "run"])
     capsys.readouterr()
     monkeypatch.setattr(evaluation.Watcher.__init__, "__defaults__", (0.0, 0, 5))  # 5 tokens a reply
-    for flags, fewest, most in (([], 40 * 38, 40 * 38 + 12), (["--window", "3"], 3 * 38, 3 * 38 + 12)):
+    for flags, fewest, most in (([], 40 * 38, 40 * 38 + 60), (["--window", "3"], 3 * 38, 3 * 38 + 12)):
         decisions = (torch.tensor([frame == 2]) for frame in range(40))
         monkeypatch.setattr(evaluation, "speaks", lambda *_, d=decisions: next(d))
-        evaluation.main(["run", "--watch", "clip.mp4", "--query", "Go.", "--device", "cpu", *flags])
+        evaluation.main(["run", "--watch", "clip.mp4", "--query", "Go.", "--device", "cpu", *flags,
+                         "--ask", "5 What?", "--ask", "7.5 Why?"])
         *said, counted, held, drawn = capsys.readouterr().out.splitlines()
         assert counted.startswith("40 frames, 20.0 s of video") and drawn.endswith("run/watch.png")
-        assert len(said) == 1 and said[0].startswith("    1.0 s  ")
+        assert [float(line.split()[0]) for line in said] == [1.0, 5.0, 7.5]
         assert fewest <= int(held.split(": ")[1].split()[0]) <= most  # layer 0 is dense
     assert (tmp_path / "run" / "watch.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_a_question_in_mid_stream_comes_before_the_frame_of_its_time_and_is_answered(
+        window, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "speaks", lambda logits, *_: torch.zeros(1).bool())  # it never decides to
+    model, fed = initialise(VideoLM(Config(vocab_size=len(TOKENIZER))), 0), []
+    watcher, feed = Watcher(model, TOKENIZER, torch.zeros(1).long(), window=window, limit=3), Watcher.feed
+
+    def remember(self, rows, *given, **named):
+        fed.extend(rows[0].tokens)
+        return feed(self, rows, *given, **named)
+
+    monkeypatch.setattr(Watcher, "feed", remember)
+    frames, texts = World(48).held_out(1)[0].frames, ["1.2 What?", "0 Who?", "9 And now?", "1.5  Why?"]
+    turns = [Turn(0, "user", "Go."), *(data.parse_question(text, 2.0) for text in texts)]
+    evaluation.narrate(watcher, iter(frames), 2.0, turns, tmp_path / "watch.png")
+    printed = [line for line in capsys.readouterr().out.splitlines() if " s  " in line[:12]]
+    assert [float(line.split()[0]) for line in printed] == [0.0, 1.5, 4.0]  # after frames 0 and 3, at the end
+    answers = []
+    for n, token in enumerate(fed):
+        if token == TOKENIZER.assistant:
+            answers.append(tuple(fed[n + 1 : fed.index(TOKENIZER.end, n)]))
+    said = [Turn(frame, "assistant", "", ids) for frame, ids in zip((0, 3, 8), answers, strict=True)]
+    whole = [*turns[:1], turns[2], turns[1], turns[4], *said[:2], turns[3]._replace(frame=8), said[2]]
+    P = model.config.tokens_per_frame
+    assert fed == data.layout(whole, 8, P, TOKENIZER, model.config.masked_roles).tokens
+
+
+@pytest.mark.parametrize("text", ["What?", "12.5", "-1 What?", "nan What?", "12.5 ", "1e3 What?", ""])
+def test_what_is_no_time_and_question_is_refused(text):
+    with pytest.raises(ValueError, match=re.escape(f"ask must be seconds and a question, got {text!r}")):
+        data.parse_question(text, 2.0)
 
 
 def test_what_a_model_says_cannot_steer_the_terminal():
@@ -165,3 +210,33 @@ def test_a_frame_is_cls_and_the_grid_of_mean_patches_row_by_row():
     assert hidden.mean(1).abs().max() < 1e-9  # from scratch: after the final norm
     grid = hidden[1:].unflatten(0, (2, 2, 2, 2)).mean((1, 3)).flatten(0, 1)  # 4 x 4 patches in fours
     torch.testing.assert_close(vision(pixels)[0], torch.cat([hidden[:1], grid]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("keep", [(0.5, 1.0, 0.2), (1.0,) * 3])
+def test_answers_are_counted_right_word_for_word_and_skipped_tokens_over_the_routed_layers(monkeypatch, keep):
+    config = Config(vocab_size=len(TOKENIZER), image_size=16, pool=2, keep=keep, router="shared", masked="question+answer")
+    model, world = initialise(VideoLM(config), 1).double(), data.VQA(16)
+    samples = [s._replace(turns=[*s.turns[:-2], Turn(1, "user", question), Turn(1, "assistant", " red")])
+               for s, question in zip(world.held_out(5), ["Who is the one?", "Who is the other?", "Why?"] * 2, strict=False)]
+    answers, original = iter([" red", " red.", " Red", " red", " red"]), evaluation.Watcher.ask
+
+    def ask(watcher, asked):
+        original(watcher, asked)
+        told.append((watcher.computed(), watcher.cache.seen, watcher.seed.tolist()))
+        return [next(answers) for _ in asked]
+
+    told = []
+    monkeypatch.setattr(evaluation.Watcher, "ask", ask)
+    monkeypatch.setattr(evaluation.Watcher, "reply", lambda *_: [])  # the prompts alone
+    world.score = lambda model, tokenizer, samples, said: {"lengths": [len(text) for text in said]}
+    result, said = evaluation.evaluate_answers(model, TOKENIZER, samples, world, batch=2)
+    computed, given = (torch.cat([part[i] for part in told]).double() for i in (0, 1))
+    assert [seed for *_, seeds in told for seed in seeds] == [s.seed for s in samples]
+    assert said == [" red", " red.", " Red", " red", " red"] and result["questions"] == 5
+    assert result["accuracy_of"] == {"Who is": pytest.approx(3 / 4), "Why?": 0}
+    assert result["tokens"] == {"computed": computed.mean(0).tolist(), "given": given.mean().item()}
+    assert computed[:, 1].tolist() == given[:, 0].tolist()  # the dense layer
+    skipped = 1 - float(computed[:, 0].sum() + computed[:, 2].sum()) / (2 * float(given.sum()))
+    assert (skipped > 0.2) == (keep[0] < 1)
+    free = {"accuracy": 3 / 5, "skipped": pytest.approx(skipped)}
+    assert result["free_running"] == free | {"lengths": [4, 5, 4, 4, 4]}

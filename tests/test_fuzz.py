@@ -24,6 +24,7 @@ import data
 import eval as evaluation
 import model as models
 import train
+import video
 
 resource = pytest.importorskip("resource", reason="alarms and limits are of POSIX")
 STRANGE = [None, True, -1, 0, 1e308, -0.0, 10**400, float("nan"), float("inf"), "", " ", "\ud800",
@@ -203,7 +204,7 @@ def count(name: str, how: tuple, cases: int, tmp_path: Path) -> None:
 def no_decoder(monkeypatch):
     """Each video has ten seconds; to decode them is of another test."""
     def frames(path, fps, size, partial=False, start=0.0, end=10.0):
-        first, last = (data.frame_index(min(time, 9.5), fps) for time in (start, end))
+        first, last = (video.frame_index(min(time, 9.5), fps) for time in (start, end))
         yield from np.zeros((last + 1 - first, size, size, 3), np.uint8)
 
     monkeypatch.setattr(data, "read_video", frames)
@@ -240,9 +241,9 @@ def test_spoilt_videos_end_in_frames_or_a_sentence(kind, cases, tmp_path, bounde
         (folder / f"v.{kind}").write_bytes(flip(valid, random))
 
         def door(folder, case=case):
-            video = data.read_video(folder / f"v.{kind}", 2.0, 16, partial=case % 2 > 0)
-            assert all(frame.shape == (16, 16, 3) for frame in islice(video, 500))
-            video.close()
+            frames = video.read_video(folder / f"v.{kind}", 2.0, 16, partial=case % 2 > 0)
+            assert all(frame.shape == (16, 16, 3) for frame in islice(frames, 500))
+            frames.close()
 
         ended[ends_in(door, folder)] += 1
     ENDED["videos"].update(ended)
@@ -292,21 +293,23 @@ def test_odd_videos_have_their_frames_or_a_sentence(name, tmp_path, bounded):
     write, expected = ODD[name]
     write(tmp_path / name)
     if isinstance(expected, int):
-        assert len(list(data.read_video(tmp_path / name, 2.0, 16))) == expected
+        assert len(list(video.read_video(tmp_path / name, 2.0, 16))) == expected
     else:
         with pytest.raises(ValueError, match=rf"{name} must be a video, {expected}"):
-            list(data.read_video(tmp_path / name, 2.0, 16))
+            list(video.read_video(tmp_path / name, 2.0, 16))
 
 
-def test_a_decoder_that_stalls_is_ended(tmp_path, monkeypatch):
-    stalls = tmp_path / "ffmpeg"
+@needs_ffmpeg
+@pytest.mark.parametrize("program", ["ffmpeg", "ffprobe"])
+def test_a_program_that_stalls_is_ended(tmp_path, monkeypatch, program):
+    make_video(tmp_path / "v.mp4")
+    stalls = tmp_path / program
     stalls.write_text("#!/bin/sh\nhead -c 768 /dev/zero\nexec sleep 60\n")  # a frame, then nothing
     stalls.chmod(0o700)
-    (tmp_path / "v.mp4").touch()
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(data, "PATIENCE", 3.0)
+    monkeypatch.setattr(video, "PATIENCE", 3.0)
     with pytest.raises(ValueError, match=r"v\.mp4 must be decoded without a stall, got none of it for 3 s"):
-        list(data.read_video(tmp_path / "v.mp4", 2.0, 16, partial=True))
+        list(video.read_video(tmp_path / "v.mp4", 2.0, 16, partial=True))
 
 
 def test_a_clip_of_too_many_frames_is_refused_before_they_fill_the_memory(tmp_path, monkeypatch):

@@ -3,11 +3,15 @@
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
+from numpy.random import default_rng
 from safetensors.torch import save_file
+from strategies import TURN, annotate, make_video, needs_ffmpeg
 
+import eval as evaluation
 import model as models
 import train
 from model import Config, VideoLM, initialise, load, save
@@ -76,6 +80,48 @@ def test_a_run_on_clips_is_resumed_by_the_command_that_began_it(tmp_path, monkey
         train.settings(*models.parse(train.TrainConfig, ["--data", "others", "--out", "run", "--resume"], ""))
 
 
+def test_a_run_is_named_by_what_differs_from_the_default_of_its_task():
+    for chosen, name in (({}, "narration-seed0"), ({"keep": 0.5, "seed": 3}, "narration-0.5-seed3"),
+                         ({"data": "x/clips", "plan": "all"}, "clips-narration-all-seed0"), ({"out": "y"}, None)):
+        assert train.TrainConfig(**chosen).folder == Path(f"out/{name}" if name else "y")
+
+
+@needs_ffmpeg
+def test_a_run_whose_first_clips_are_bad_writes_nothing(tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    annotate(tmp_path, {"video": "bad.mp4", "conversation": [TURN]})
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: .*bad\.mp4"):
+        train.main(["--out", str(tmp_path / "run"), "--data", str(tmp_path), "--device", "cpu"])
+    assert not (tmp_path / "run").exists()
+
+
+@needs_ffmpeg
+def test_a_run_that_met_a_bad_clip_goes_on_with_partial(tmp_path, capsys):
+    make_video(tmp_path / "v.mp4", 1)
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    said = [{"time": 0, "role": "assistant", "content": "A."}]
+    annotate(tmp_path, *({"video": f"{name}.mp4", "conversation": said} for name in ("v", "bad")))
+    drawn = {seed: [default_rng([seed, step]).permutation(2)[0] for step in range(3)] for seed in range(99)}
+    seed = next(seed for seed, clips in drawn.items() if clips == [0, 0, 1])  # clip 1 is bad
+    run = ["--out", str(tmp_path / "run"), "--device", "cpu"]
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: .*bad\.mp4"):
+        train.main([*run, "--data", str(tmp_path), "--seed", str(seed), "--steps", "4", "--batch", "1",
+                    "--streams", "2", "--save_every", "1"])
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: .*bad\.mp4"):
+        train.main([*run, "--resume"])
+    began = (tmp_path / "run" / "train.json").read_bytes()
+    state = next((tmp_path / "run").glob("optimizer-*"))
+    state.rename(tmp_path / "kept")
+    with pytest.raises(ValueError, match="optimizer"):
+        train.main([*run, "--resume", "--partial"])
+    assert (tmp_path / "run" / "train.json").read_bytes() == began
+    (tmp_path / "kept").rename(state)
+    train.main([*run, "--resume", "--partial"])
+    assert [line["step"] for line in log(tmp_path / "run")] == [0, 1, 2, 3]
+    assert "left out with --partial: 1, the first is" in capsys.readouterr().out
+    evaluation.main([str(tmp_path / "run"), "--device", "cpu"])  # the run remembers --partial
+
+
 @pytest.mark.parametrize(("router", "names"), [
     ("learned", ["0", "3"]), ("shared", ["shared"]), ("random", []), ("uniform", [])])
 def test_a_loaded_model_is_the_saved_one_and_all_but_its_encoder_is_trained_once(tmp_path, router, names):
@@ -110,6 +156,8 @@ def test_a_run_begun_from_another_has_its_weights_and_new_routers(whole):
     (lambda run: (run / "model.safetensors").write_bytes(b"\x10" * 99),
      r"model\.safetensors must be a safetensors file"),
     (lambda run: save_file({"x": torch.zeros(2)}, run / "model.safetensors"), "must be .*, got nothing"),
+    (lambda run: save_file({name: t.long() for name, t in load(run).learned_state().items()}, run / "model.safetensors"),
+     r"must fit config\.json: .* must be \[.*\], got torch\.int64"),
 ])
 def test_a_run_folder_that_does_not_fit_is_refused_by_name(tmp_path, spoil, complaint):
     run = tmp_path / "run"
@@ -130,6 +178,14 @@ def test_a_run_that_needs_extras_is_refused_in_a_sentence_without_them(tmp_path,
 def change(run, **values):
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | values))
+
+
+def test_a_keep_ratio_may_be_written_as_a_whole_number_and_weights_of_others_are_at_step_0(tmp_path):
+    save(tmp_path, initialise(VideoLM(Config(keep=(1, 0.5, 1.0))), 0), 3)
+    assert load(tmp_path).config.keep == (1, 0.5, 1)
+    weights, step = models.read_weights(tmp_path / "model.safetensors")
+    save_file(weights, tmp_path / "others.safetensors")
+    assert (step, models.read_weights(tmp_path / "others.safetensors")[1]) == (3, 0)
 
 
 def test_the_presets_are_dense_and_the_first_is_the_default():

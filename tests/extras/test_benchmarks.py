@@ -1,6 +1,7 @@
 """Each benchmark is read from its annotation files by the rules of the papers, and scored."""
 
 import json
+from itertools import chain
 
 import pytest
 from hypothesis import given
@@ -62,7 +63,9 @@ def folder(tmp_path):
 
 
 def read(folder, task, split="train"):
-    return list(TASKS[task].entries(folder / task.split("-")[0], split))
+    source = TASKS[task]
+    found = [source.entries(record) for _, record in source.records(folder / task.split("-")[0], split)]
+    return list(chain(*found))
 
 
 def open_task(folder, task):
@@ -139,13 +142,16 @@ def test_each_benchmark_is_trained_on_and_evaluated(folder, task, score, monkeyp
 @pytest.mark.parametrize(("task", "file", "broken", "complaint"), [
     ("coin-step", "COIN.json", '{"data": 1}',
      r"COIN\.json must have 'database' where it has \['data'\]"),
+    ("coin-step", "COIN.json", '{"database": {"v": {}}}', r"COIN\.json, v: must have 'subset'"),
     ("coin-step", "COIN.json", '{"database": [1]}',
      "must hold annotations of coin-step, got AttributeError"),
     ("coin-step", "COIN.json", json.dumps({"database": {"v": {
         "class": "A", "subset": "training", "start": 0, "end": 1,
         "annotation": [{"label": "a", "segment": [1]}]}}}),
-     r"must hold annotations of coin-step, got ValueError\('not enough values"),
-    ("lta", "fho_lta_train.json", '{"clips": [{}]}', r"fho_lta_train\.json must have 'clip_uid'"),
+     r"COIN\.json, v: segment must be \[start, end\], got \[1\]"),
+    ("lta", "fho_lta_train.json", '{"clips": [{}]}',
+     r"fho_lta_train\.json, None: must have 'action_idx'"),
+    ("lta", "fho_lta_train.json", '{"clips": [7]}', r"fho_lta_train\.json, None: must have the fields of lta"),
     ("ego4d", "all_narrations_redacted.json", "[", r"all_narrations_redacted\.json must be JSON"),
     ("keystep", "keystep_train.json", None, r"No such file.*keystep_train\.json"),
     ("llava", "mix.json", "[]", r"must hold clips and replies \(llava, train\), got 0 clips of 0"),
@@ -203,8 +209,98 @@ def test_what_is_narrated_after_the_end_of_a_video_is_left_out_but_an_answer_is_
     (first,) = open_task(folder / "ego4d", "ego4d").held_out(1)
     assert [turn.frame for turn in first.turns] == [0, 2]  # none at 2.5 s, 2 s after the end
     path = str(folder / "coin")
-    complaint = r"coin-task train, v\.mp4: time must be at most .* got 2\.9"
+    complaint = r"COIN\.json, v, clip 1: end must be at most .* got 2\.9"
     with pytest.raises(ValueError, match=complaint):
         data.open_source("coin-task", path, 2.0, False, 16).batch(0, 0, 1)
     (late,) = data.open_source("coin-task", path, 2.0, True, 16).batch(0, 0, 1)
     assert late.turns[-1].frame == len(late.frames) - 1  # at the last frame that there is
+
+
+@pytest.mark.parametrize(("task", "file", "spoil", "complaint"), [
+    ("lta", "fho_lta_train.json", lambda f: f["clips"][3].update(verb_label=-1),
+     "verb_label must be below 2, got -1"),
+    ("lta", "fho_lta_train.json", lambda f: f["clips"][3].update(noun_label=True),
+     "noun_label must be below 3, got True"),
+    ("lta", "fho_lta_train.json", lambda f: f["clips"][3].update(action_idx=7),
+     "each action_idx must come once"),
+    ("coin-step", "COIN.json", lambda f: f["database"]["v"]["annotation"][0].update(label=" . "),
+     "a text must not be empty"),
+    ("llava", "mix.json", lambda f: f.insert(0, {"image": "a.png", "conversations": [
+        TALK[0], {"from": "gpt", "value": float("nan")}]}), "value must be text or a number, got nan"),
+    *(("ego4d", "all_narrations_redacted.json",
+       lambda f, time=time: f["videos"]["x"]["narrations"][0].update(time=time),
+       "time must be a number from 0 to 1e") for time in (float("nan"), float("inf"), True, -1)),
+])
+def test_a_value_that_no_record_can_have_is_refused(folder, task, file, spoil, complaint):
+    place = folder / task.split("-")[0]
+    values = json.loads((place / file).read_text())
+    spoil(values)
+    (place / file).write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"{file}, [^:]*: {complaint}"):
+        open_task(place, task)
+
+
+def test_a_list_of_videos_that_is_no_text_still_names_its_videos(folder):
+    place = folder / "ego4d"
+    listed = (place / "fho_val.json").read_bytes()
+    (place / "fho_val.json").write_bytes(b"\xff" * 10**5 + listed)
+    assert {e["video"] for e in read(folder, "ego4d", "val")} == {"v.mp4"}
+
+
+LEFT_OUT = {  # task -> a record without which the rest is read: how to break the file of FILES
+    "ego4d": ("all_narrations_redacted.json", lambda f: f["videos"].update(u={"narrations": [{}]})),
+    "lta": ("fho_lta_train.json", lambda f: f["clips"].append({"clip_uid": "d"})),
+    "coin-step": ("COIN.json", lambda f: f["database"].update(
+        u=recipe("training", "sip") | {"annotation": [{"label": "sip", "segment": [5, 2]}]})),
+    "keystep": ("keystep_train.json", lambda f: f["annotations"].update(z={"segments": 3})),
+    "llava": ("mix.json", lambda f: f.append(None)),
+}
+
+
+@pytest.mark.parametrize("task", LEFT_OUT)
+def test_a_bad_record_is_named_and_with_partial_the_others_are_read(folder, task, capsys):
+    place = folder / task.split("-")[0]
+    for name in ("v.mp4", "w.mp4", "x.mp4", "i/a.png", "i/a.jpg"):
+        (place / name).touch()
+    before = [clip[1:] for clip in open_task(place, task).clips]
+    name, spoil = LEFT_OUT[task]
+    broken = json.loads((place / name).read_text())
+    spoil(broken)
+    (place / name).write_text(json.dumps(broken))
+    with pytest.raises(ValueError, match=rf"{name}, [^:]*: .*must "):
+        open_task(place, task)
+    capsys.readouterr()
+    assert [clip[1:] for clip in data.open_source(task, str(place), 2.0, True, 16).clips] == before
+    assert f"left out with --partial: 1, the first is {place / name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("image", "read"), [
+    (None, ""), ([], ""), ("", ""), (["i/b.png"], "i/b.png"), ("i/b.png", "i/b.png")])
+def test_an_image_may_be_absent_or_a_list_of_one_and_an_answer_a_number(image, read):
+    entry = {"image": image, "conversations": [TALK[0], {"from": "gpt", "value": 3}]}
+    found = list(benchmarks.Llava.entries((entry, "")))
+    assert [e["video"] for e in found] == [read] * bool(read)
+    assert all(e["conversation"][1]["content"] == "3" for e in found)
+
+
+def test_several_images_in_an_entry_are_named(folder):
+    two = {"image": ["i/a.png", "i/a.jpg"], "conversations": TALK}
+    (folder / "llava" / "mix.json").write_text(json.dumps([two]))
+    with pytest.raises(ValueError, match=r"mix\.json, entry 1: image must be one file, got \['i/a"):
+        open_task(folder / "llava", "llava")
+
+
+@needs_ffmpeg
+def test_a_span_after_the_end_of_its_video_is_left_out_with_partial(folder, capsys):
+    place, steps = folder / "coin", recipe("training", "boil", "stir")
+    steps["annotation"][1]["segment"] = [26.0, 30.0]
+    known = {"database": {"v": steps, "w": recipe("testing", "sip")}}
+    (place / "COIN.json").write_text(json.dumps(known))
+    for video in "vw":
+        make_video(place / f"{video}.mp4", 3, 5, "testsrc2=size=32x32")
+    with pytest.raises(ValueError, match=r"COIN\.json, v, clip 2: .*v\.mp4 must "):
+        open_task(place, "coin-step").batch(0, 0, 2)
+    source = data.open_source("coin-step", str(place), 2.0, True, 16)
+    assert [sample.turns[-1].text for sample in source.batch(0, 0, 2)] == ["Boil."]
+    source.held_out(1)
+    assert "left out with --partial: 1, the first is" in capsys.readouterr().out

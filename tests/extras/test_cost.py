@@ -37,6 +37,7 @@ def test_the_formula_is_the_count_of_an_encoder_of_any_number_of_patches():
 def test_the_papers_cost_columns_are_reproduced():
     for skipped, paper in GAMMA_PAPER:
         assert gamma_cost(skipped) == pytest.approx(paper, abs=0.05)
+    assert f"{gamma_cost(0.743):.3f}" == "6.523"  # 359 of 1,400 tokens, as the released code counts
     for plan, ratio, paper in PAPER:
         assert paper_cost(plan, ratio)[0] == pytest.approx(paper, abs=0.01)
     dense, routed = paper_cost("dense", 1.0), paper_cost("interleaved", 0.2)
