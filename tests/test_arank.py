@@ -1,14 +1,18 @@
 """ARank is the exact rank of the attention maps that a layer makes of real tokens, in any order and batch."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS, collate, integers, normal, tiny, unit
+from test_reference import norm
 
+import data
 from mod import arank, rank_placement
-from model import layer_ranks
+from model import layer_ranks, prepare, sample_ranks
 
 
 @given(SEEDS, st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(0, 4))
@@ -55,6 +59,75 @@ def test_each_layer_is_measured_on_its_own_input_with_its_own_heads():
     full = batch.groups.real.sum(1) - 1.0
     assert ranks.shape == (2, 3) and ranks[:, 1].tolist() == full.tolist()
     assert (ranks[:, [0, 2]] > 0).all()
+
+
+FREQUENCY = [0.9, 0.2]  # not those of rope_theta: a decoder with scaled RoPE has its own
+
+
+def heads_of(weight, x):
+    """The vectors of each token and head as d/2 complex numbers; RoPE turns number i of token t by t * FREQUENCY[i]"""
+    found, frequency = [], torch.tensor(FREQUENCY, dtype=torch.float64)
+    for t, row in enumerate(x):
+        turn = torch.polar(torch.ones_like(frequency), t * frequency)
+        vectors = (weight @ row).split(2 * len(turn))
+        found.append([turn * torch.complex(*vector.chunk(2)) for vector in vectors])
+    return found
+
+
+def looks_at(block, c, x):
+    """Head -> the token that each token looks at: of those until itself the one of the highest score"""
+    normed, places = [norm(block.input_layernorm, row) for row in x], []
+    q, k = (heads_of(p.weight, normed) for p in (block.self_attn.q_proj, block.self_attn.k_proj))
+    for h in range(c.num_attention_heads):
+        g, places_of = h // (c.num_attention_heads // c.num_key_value_heads), []
+        for t in range(len(x)):
+            scores = [(q[t][h].conj() * k[j][g]).real.sum().item() / math.sqrt(c.head_dim) for j in range(t + 1)]
+            *_, second, best = -math.inf, *sorted(scores)
+            assert best - second > 1000  # so sharp that the map has a single one in each row
+            places_of.append(scores.index(best))
+        places.append(places_of)
+    return places
+
+
+def layer_of(block, c, x, places):
+    shared, out = c.num_attention_heads // c.num_key_value_heads, []
+    for t, row in enumerate(x):
+        heads = []
+        for h, looked in enumerate(places):
+            value = block.self_attn.v_proj.weight @ norm(block.input_layernorm, x[looked[t]])
+            heads.append(value.split(c.head_dim)[h // shared])
+        row = row + block.self_attn.o_proj.weight @ torch.cat(heads)
+        normed, m = norm(block.post_attention_layernorm, row), block.mlp
+        out.append(row + m.down_proj.weight @ (F.silu(m.gate_proj.weight @ normed) * (m.up_proj.weight @ normed)))
+    return out
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_the_ranks_of_a_model_are_those_of_an_explicit_forward_pass(groups):
+    model = tiny((1.0,) * 3, groups, "cpu", num_key_value_heads=groups)
+    c, streams = model.config, [[unit(model.config, kind, n) for n, kind in enumerate(row)]
+                                for row in ([1, 0, 1, 0, 0, 1], [0, 0, 1, 0, 1])]
+    model.rope_frequency = FREQUENCY
+    for block in model.layers:
+        block.self_attn.q_proj.weight.mul_(1e7)
+    batch = collate(model, streams, torch.zeros(2).long())
+    ranks = layer_ranks(model, batch)
+    for b, n in enumerate(batch.groups.real.sum(1).tolist()):
+        x = list(model.embed(batch.tokens, batch.frames)[b, :n])
+        for layer, block in enumerate(model.layers):
+            places = looks_at(block, c, x)
+            known = [len({place for t, place in enumerate(looked) if place < t}) for looked in places]
+            assert ranks[b, layer] == sum(known) / c.num_attention_heads
+            x = layer_of(block, c, x, places)
+
+
+def test_samples_are_measured_one_by_one_and_stay_in_order():
+    tokenizer = data.Tokenizer()
+    model = tiny((1.0,) * 2, 0, "cpu", vocab_size=len(tokenizer))
+    batches = [data.collate([sample], model.config, tokenizer) for sample in data.World(8, 3).held_out(3)]
+    ranks = sample_ranks(model, batches)
+    alone = [layer_ranks(model, prepare(batch, model.config, torch.device("cpu"))) for batch in batches]
+    assert torch.equal(ranks, torch.cat(alone)) and ranks.shape == (3, 2)
 
 
 @pytest.mark.parametrize(("layers", "dense"), [(1, 1), (8, 1), (9, 2), (24, 3), (25, 4), (32, 4), (40, 4)])

@@ -22,6 +22,14 @@ def ready(model, seed, size=8):
     return prepare(batch, model.config, torch.device("cpu"))
 
 
+def test_token_0_is_a_label_like_any_other():
+    model = tiny((1.0,), 0, "cpu", vocab_size=len(TOKENIZER))
+    batch = data.collate(data.World(8, 3).batch(0, 0, 1), model.config, TOKENIZER)
+    batch.labels[0, :2] = torch.tensor([0, -100])
+    made = prepare(batch, model.config, torch.device("cpu"))
+    assert made.at[0] == made.target[0] == 0 and made.at.tolist() == (batch.labels[0] >= 0).nonzero()[:, 0].tolist()
+
+
 @given(SEEDS, st.integers(1, 3), st.integers(1, 6))
 def test_the_loss_adds_up_over_the_labelled_places_and_asks_for_no_other_logits(seed, streams, length):
     model = tiny((1.0,), seed, "cpu")
@@ -49,6 +57,13 @@ def test_the_loss_has_both_terms_and_the_routing_loss_reaches_the_routers(seed, 
     assert terms.tolist() == pytest.approx([streaming.item(), weight * routing.item()]) and routing > 0.1
     reached = torch.autograd.grad(terms[1], [*model.routers.parameters()], allow_unused=True)
     assert all(gradient.abs().max() > 0 for gradient in reached) or weight == 0
+
+
+def test_the_log_has_both_terms_and_their_sum(tmp_path):
+    said = train.log_step(tmp_path, 7, torch.tensor([2.0, 0.5]), torch.tensor(3.0), 99, 0.0)
+    line = json.loads((tmp_path / "log.jsonl").read_text())
+    assert line.pop("seconds") > 0 and said.startswith("loss 2.500, ")
+    assert line == {"step": 7, "loss": 2.5, "routing_loss": 0.5, "grad_norm": 3.0, "tokens": 99}
 
 
 @given(SEEDS, st.sampled_from(["update", "update+values"]))

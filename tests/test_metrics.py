@@ -49,7 +49,8 @@ def test_corrected_perplexity_is_that_of_all_tokens_and_reply_accuracy_counts_ev
     assert numbers["lm_correctness"] == (1 / 4 + 1) / 2 and numbers["reply_accuracy"] == 7 / 8
     with pytest.raises(ValueError, match="at least one reply"):
         summarise([[], []], fps=2)
-    assert math.isfinite(summarise([[turn([SPEAK], nll=[1e4])]], fps=1)["lm_ppl"])  # of a model that diverged
+    diverged = summarise([[turn([SPEAK], nll=[1e4])]], fps=1)
+    assert diverged["lm_ppl"] == diverged["lm_ppl_corrected"] == math.exp(100)  # a number, not infinity
 
 
 def test_the_threshold_makes_it_speak_earlier_and_zero_leaves_the_best_token_to_decide():
@@ -57,3 +58,5 @@ def test_the_threshold_makes_it_speak_earlier_and_zero_leaves_the_best_token_to_
     logits[0, silent], logits[0, Tokenizer().assistant] = 1.0, 0.0  # silence has about 0.73
     assert not speaks(logits, 0.0, silent).item() and not speaks(logits, 0.7, silent).item()
     assert speaks(logits, 0.8, silent).item() and speaks(logits[:, [5, 1, 2, 3, 4, 0]], 0, silent).item()
+    even = torch.tensor([[0.0, 0.0]])  # silence has exactly 0.5, which is not below 0.5
+    assert not speaks(even, 0.5, 0).item() and speaks(even, 0.5, 1).item()

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS, normal
 
-from train import Muon, orthogonal
+from model import Config, VideoLM
+from train import Muon, TrainConfig, make_optimizers, orthogonal
 
 SIDE = st.integers(1, 40)
 
@@ -44,3 +45,20 @@ def test_a_parameter_without_a_gradient_stays_and_has_no_momentum():
 @pytest.mark.parametrize("shape", [(1, 1), (3, 3)])
 def test_a_gradient_of_zero_changes_nothing(shape):
     assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_muon_learns_the_matrices_of_blocks_and_projector_and_nothing_else():
+    model = VideoLM(Config(num_hidden_layers=1, keep=(0.5,)))
+    learns = {name for name, p in model.named_parameters() if p.requires_grad and model.uses_muon(name, p)}
+    heads = {f"layers.0.self_attn.{name}_proj.weight" for name in "qkvo"}
+    mlp = {f"layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert learns == heads | mlp | {f"multi_modal_projector.linear_{n}.weight" for n in (1, 2)}
+
+
+def test_all_that_learns_has_one_optimizer_and_no_weight_decays():
+    model = VideoLM(Config())
+    muon, adam = optimizers = make_optimizers(model, TrainConfig(muon_lr=0.3, adam_lr=0.1))
+    assert (muon.defaults["lr"], adam.defaults["lr"], adam.defaults["weight_decay"]) == (0.3, 0.1, 0)
+    learns = [p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]]
+    assert {id(p) for p in learns} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(learns) == len(set(map(id, learns)))

@@ -5,7 +5,7 @@ import math
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import SEEDS, integers, normal, watches
+from strategies import SEEDS, integers, normal, tiny, watches
 
 from mod import Groups, capacity, random_score
 from model import LEARNED
@@ -109,3 +109,49 @@ def test_the_fast_path_is_the_slow_loop_in_value_and_in_gradient(watch, seed, mi
                   for value in (loss, expected))
     for a, b in zip(fast, slow, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def linear(layer, x):
+    return layer.weight @ x + layer.bias
+
+
+def layer_norm(layer, x):
+    return (x - x.mean()) / (x.var(correction=0) + layer.eps).sqrt() * layer.weight + layer.bias
+
+
+def encoder_block(block, x):
+    """Rows of CLS and patches -> the same after a block in which each sees all"""
+    normed, out = [layer_norm(block.layer_norm1, row) for row in x], []
+    q, k, v = ([linear(block.self_attn[f"{name}_proj"], row).chunk(block.heads) for row in normed] for name in "qkv")
+    for t, row in enumerate(x):
+        heads = []
+        for h in range(block.heads):
+            share = torch.stack([q[t][h] @ key[h] / math.sqrt(len(key[h])) for key in k]).exp()
+            heads.append(sum(w * value[h] for w, value in zip(share / share.sum(), v, strict=True)))
+        row = row + linear(block.self_attn["out_proj"], torch.cat(heads))
+        hidden = linear(block.mlp.fc1, layer_norm(block.layer_norm2, row))
+        out.append(row + linear(block.mlp.fc2, hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2))
+    return out
+
+
+def test_the_encoder_is_a_transformer_over_cls_and_patches_at_their_places_and_the_projector_an_mlp():
+    model = tiny((1.0,), 0, "cpu", vision_layers=2)
+    vision, P = model.vision_model, model.config.patch_size
+    for seed, p in enumerate(model.parameters()):
+        p.add_(normal(seed, *p.shape) / 3)  # norms and biases too
+    frame = integers(0, 0, 256, 3, 2 * P, 2 * P).byte()
+    e, pixels = vision.embeddings, frame.double() / 127.5 - 1
+    x = [e.class_embedding]
+    for top, left in ((0, 0), (0, P), (P, 0), (P, P)):
+        x.append((e.patch_embedding.weight * pixels[:, top : top + P, left : left + P]).sum((1, 2, 3)))
+    x = [layer_norm(vision.pre_layrnorm, row + place) for row, place in zip(x, e.position_embedding.weight, strict=True)]
+    for block in vision.encoder["layers"]:
+        x = encoder_block(block, x)
+    x = torch.stack([layer_norm(vision.post_layernorm, row) for row in x])
+    torch.testing.assert_close(vision(frame[None])[0], x, rtol=1e-9, atol=1e-9)
+    first, second = model.multi_modal_projector.linear_1, model.multi_modal_projector.linear_2
+    hidden = [linear(first, row) for row in x]
+    hidden = [linear(second, row * (1 + torch.erf(row / math.sqrt(2))) / 2) for row in hidden]
+    for frames in (frame[None, None], x[None, None]):  # pixels, or the features of a frozen encoder
+        embedded = model.embed(torch.tensor([[-1] * 5]), frames)[0]
+        torch.testing.assert_close(embedded, torch.stack(hidden), rtol=1e-9, atol=1e-9)
