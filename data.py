@@ -562,8 +562,8 @@ class Clips(Source):
     def turns(self, clip: Clip, frames: int) -> list[Turn]:
         """Turns at frames. Timed texts of a role on one frame are joined, untimed ones are not.
 
-        What comes up to 1 / fps seconds after the last frame belongs to that frame. Later turns are
-        a ValueError, and with `partial` left out, but for the last reply.
+        What comes up to 1 / fps seconds after the last frame belongs to that frame. Raises
+        ValueError for later turns; with `partial` they are left out, unless no reply remains.
         """
         texts, first = {}, frame_index(clip.start, self.fps)
         rule = self.check_end(clip, frames)

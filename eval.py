@@ -688,7 +688,6 @@ class WatchConfig:
     run: str = flag("", "run folder (default: the newest in out/)", positional=True)
     watch: str = flag("", "video to watch (default: held-out streams of the run's task)")
     query: str = flag("", "of --watch: what to ask first (default: what the task asks)")
-    ask: tuple = flag((), 'of --watch: "12.5 What is it?" asks at that time; may be repeated')
     window: int = flag(0, "of --watch: frames to remember, 0: all")
     partial: bool = flag(False, "of --watch: use what can be decoded of a damaged video")
     threshold: float = flag(0.0, "speak where silence is less likely than this")
@@ -704,6 +703,7 @@ class WatchConfig:
 
 @dataclass(frozen=True)
 class EvalConfig(WatchConfig):
+    ask: tuple = flag((), 'of --watch: "12.5 What is it?" asks at that time; may be repeated')
     arank: bool = flag(False, "rank the layers of a dense run instead (gamma-MoD)")
     streams: int = flag(64, "held-out streams to evaluate on")
     compile: bool = flag(False, "compile the model")
