@@ -72,6 +72,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {  # beginning of a line, change: why n
     ("frames = list(islice(video, most + 1))", "1 -> 2"): "one more is decoded before it is refused",
     ("return [self.sample(seed, \"train\"", "4096 -> 4095"): "as far from any number of streams in a batch",
     # train.py
+    ("CLIP = 1.0", "1.0 -> 2.0"): "a choice",
     ("compute_loss = torch.compile", "cfg.compile -> False"): "the same numbers, more slowly",
     ("compute_loss = torch.compile", "True -> False"): "the same numbers, more slowly",
     ("bar = tqdm(range(first", "80 -> 79"): "how wide the bar is",

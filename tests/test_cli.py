@@ -15,7 +15,7 @@ import torch
 import eval as evaluation
 import model as models
 import train
-from model import VideoLM, load
+from model import Config, VideoLM, load
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--steps", "1", "--batch", "1", "--streams", "1", "--device", "cpu"]
@@ -101,6 +101,15 @@ def test_a_number_may_be_as_large_as_its_type_and_the_device_is_the_best_there_i
     with pytest.raises(ValueError, match=r"steps must be above 0 and below 2\*\*31, got 2147483648"):
         models.check_range("steps", 2**31, may_be_zero=False)
     assert models.pick_device("").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_flag_that_may_be_repeated_keeps_each_text_and_a_config_holds_numbers():
+    cfg, given = models.parse(evaluation.EvalConfig, ["--ask", "1 a", "run", "--ask", "2 b"], "")
+    assert (list(cfg.ask), cfg.run, given) == (["1 a", "2 b"], "run", {"ask", "run"})
+    assert list(models.parse(evaluation.EvalConfig, [], "")[0].ask) == []
+    for keep in ((1.0, "a"), ("a", "b"), (1.0, None)):
+        with pytest.raises(ValueError, match="keep must be numbers"):
+            Config(keep=keep)
 
 
 def test_a_run_is_trained_evaluated_and_drawn(tmp_path, capsys, monkeypatch):

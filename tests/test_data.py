@@ -233,6 +233,14 @@ def test_what_is_said_after_the_last_frame_of_the_grid_belongs_to_that_frame(tmp
     assert [turn.frame for turn in open_clips(tmp_path).held_out(1)[0].turns] == [3]
 
 
+def test_what_is_asked_before_a_frame_comes_before_the_frame_of_its_chunk():
+    turns = [Turn(2, "user", "a"), Turn(1, "assistant", "b"), Turn(1, "user", "c"), Turn(2, "assistant", "d")]
+    assert data.questions_at(turns, 1) == [Turn(0, "user", "c")]
+    assert data.questions_at(turns, 2) == [Turn(0, "user", "a")] and data.questions_at(turns, 3) == []
+    for text, frame in (("0 a", 0), ("0.5 a", 1), ("0.51 a", 2), ("12. a b", 24)):
+        assert data.parse_question(text, 2.0) == Turn(frame, "user", text.split(" ", 1)[1])
+
+
 @needs_ffmpeg
 def test_a_span_or_a_reply_after_the_end_of_a_video_is_refused_and_with_partial_left_out_and_counted(tmp_path, capsys):
     make_video(tmp_path / "v.mp4", 2)
