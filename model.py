@@ -97,10 +97,11 @@ def check_fields(config: object) -> None:
     """
     for f in fields(config):
         value, kind = getattr(config, f.name), type(f.default)
-        if type(value) is not kind and (kind, type(value)) not in ((float, int), (tuple, list)):
+        if kind is tuple and f.metadata:  # a flag that may be repeated: a list of texts
+            continue
+        if type(value) is not kind and (kind, type(value)) != (float, int):
             raise ValueError(f"{f.name} must be of type {kind.__name__}, got {value!r:.60}")
-        # A tuple of a flag is what was given each time, so texts.
-        if kind is tuple and not f.metadata and not {type(x) for x in value} <= {int, float}:
+        if kind is tuple and not {type(x) for x in value} <= {int, float}:
             raise ValueError(f"{f.name} must be numbers, got {value!r:.60}")
         if kind in (int, float):
             check_range(f.name, value, f.name in getattr(config, "may_be_zero", ()))

@@ -110,6 +110,8 @@ def test_a_flag_that_may_be_repeated_keeps_each_text_and_a_config_holds_numbers(
     for keep in ((1.0, "a"), ("a", "b"), (1.0, None)):
         with pytest.raises(ValueError, match="keep must be numbers"):
             Config(keep=keep)
+    with pytest.raises(ValueError, match="keep must be of type tuple"):
+        Config(keep=[1.0, 1.0])
 
 
 def test_a_run_is_trained_evaluated_and_drawn(tmp_path, capsys, monkeypatch):
