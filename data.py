@@ -163,6 +163,7 @@ def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tok
     Other text joins the group of the frame it comes before, or of the last frame; where there is no
     frame it has none. `<frame>` and replies to a frame never skip. If a reply were in the group of
     its frame, it would change which vision tokens are kept, and so leak into the decision before.
+    The first token of a stream never skips: a trained decoder attends to it from everywhere.
     """
     row = Row([], [], [])
     if begins:
@@ -179,6 +180,8 @@ def layout(turns: list[Turn], frames: int, tokens_per_frame: int, tokenizer: Tok
     for turn in turns:
         if turn.frame == frames:  # after the last frame, answered without a decision
             row.add_turn(turn, frames - 1, masked, tokenizer)
+    if begins and row.group:
+        row.group[0] = -1
     return row
 
 
@@ -191,8 +194,7 @@ def turns_at(turns: list[Turn], frame: int) -> tuple[list[Turn], list[Turn]]:
 
 def questions_at(turns: list[Turn], frame: int) -> list[Turn]:
     """What is asked before a frame, as turns of frame 0, for a chunk of a stream"""
-    questions, _ = turns_at(turns, frame)
-    return [turn._replace(frame=0) for turn in questions]
+    return [turn._replace(frame=0) for turn in turns_at(turns, frame)[0]]
 
 
 def parse_question(text: str, fps: float) -> Turn:

@@ -11,7 +11,7 @@ import struct
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -22,10 +22,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 import data
 from data import Row, Sample, Source, Tokenizer, Turn, collate, stack_frames
-from mod import PADDING, rank_placement
+from mod import PADDING
 from model import (
     Cache,
     Output,
@@ -34,6 +35,7 @@ from model import (
     check_fields,
     check_range,
     flag,
+    layer_ranks,
     load,
     parse,
     pick_device,
@@ -41,7 +43,6 @@ from model import (
     printable,
     read_json,
     run_main,
-    sample_ranks,
     write,
     write_json,
 )
@@ -122,6 +123,11 @@ def speaks(logits: Tensor, threshold: float, silent: int) -> Tensor:
     return (logits.argmax(-1) != silent) | (logits.softmax(-1)[..., silent] < threshold)
 
 
+def bar(steps: Iterable, doing: str) -> Iterable:
+    """The same steps, with a bar on the screen where they take longer than a second"""
+    return tqdm(steps, doing, leave=False, ncols=80, delay=1)
+
+
 @torch.no_grad()
 def hear(
     model: VideoLM, tokenizer: Tokenizer, samples: list[Sample]
@@ -138,7 +144,7 @@ def read(
 ) -> list[Reading]:
     """The decisions and the likelihoods in whole sequences -> a Reading each"""
     readings = []
-    for first in range(0, len(samples), batch):
+    for first in bar(range(0, len(samples), batch), "reading"):
         b, out = hear(model, tokenizer, samples[first : first + batch])
         for row, labels, decision in zip(out.hidden, b.labels, b.decision, strict=True):
             places = (labels >= 0).nonzero()[:, 0]
@@ -388,18 +394,25 @@ def free_run(
     batch: int = 32,
 ) -> list[list[Turn]]:
     """What the model says of each stream when it hears only the user and itself"""
-    said = []
+    said, limit = [], longest_reply(tokenizer, samples)
     for first in range(0, len(samples), batch):
         chunk = samples[first : first + batch]
-        watcher = Watcher(model, tokenizer, torch.tensor([s.seed for s in chunk]), threshold)
+        seed = torch.tensor([s.seed for s in chunk])
+        watcher = Watcher(model, tokenizer, seed, threshold, limit=limit)
         said += watch_all(watcher, chunk)
     return said
+
+
+def longest_reply(tokenizer: Tokenizer, samples: list[Sample]) -> int:
+    """How many tokens a right reply may need, so that no model talks on and on"""
+    texts = [turn.text for s in samples for turn in s.turns if turn.role == "assistant"]
+    return max([len(tokenizer.encode(text)) for text in texts], default=0)
 
 
 def watch_all(watcher: Watcher, samples: list[Sample]) -> list[list[Turn]]:
     """Watch whole streams side by side; one that has ended stands still and is not listened to."""
     said = [[] for _ in samples]
-    for f in range(max(len(s.frames) for s in samples)):
+    for f in bar(range(max(len(s.frames) for s in samples)), "watching"):
         asked = [data.questions_at(s.turns, f) for s in samples]
         now = [s.frames[[min(f, len(s.frames) - 1)]] for s in samples]
         for b, turn in enumerate(watcher.watch(stack_frames(now), asked)):
@@ -453,43 +466,43 @@ def evaluate_answers(
     tokens: how many each layer computed and how many there were, mean over the samples
     """
     said, computed, given = [], [], []
-    for first in range(0, len(samples), batch):
+    limit = longest_reply(tokenizer, samples)
+    for first in bar(range(0, len(samples), batch), "answering"):
         asked = samples[first : first + batch]
-        watcher = Watcher(model, tokenizer, torch.tensor([s.seed for s in asked]), limit=512)
+        watcher = Watcher(model, tokenizer, torch.tensor([s.seed for s in asked]), limit=limit)
         said += watcher.ask(asked)
         computed.append(watcher.computed().cpu())
         given.append(watcher.cache.seen.cpu())
     computed, given = torch.cat(computed).double(), torch.cat(given).double()  # (N, L), (N, 1)
     routed = torch.tensor(model.config.keep) < 1  # (L,)
     share = computed[:, routed].sum() / (given.sum() * routed.sum())
-    right_of = {}  # kind of question -> is each answer right?
+    right = []
     for sample, answer in zip(samples, said, strict=True):
-        true = tokenizer.decode(tokenizer.encode(sample.turns[-1].text))
-        kind = sample.turns[-2].text.split(" the ")[0]
-        right_of.setdefault(kind, []).append(answer == true)
+        right.append(answer == tokenizer.decode(tokenizer.encode(sample.turns[-1].text)))
     scores = source.score(model, tokenizer, samples, said)
-    scores["accuracy"] = fmean(chain(*right_of.values()))
+    scores["accuracy"] = fmean(right)
     scores["skipped"] = float(1 - share) if routed.any() else 0.0
     result = {
         "questions": len(samples),
         "free_running": scores,
         "tokens": {"computed": computed.mean(0).tolist(), "given": float(given.mean())},
     }
-    if len(right_of) < 10:
-        result["accuracy_of"] = {kind: fmean(rights) for kind, rights in right_of.items()}
     return result, said
 
 
-def print_ranks(model: VideoLM, tokenizer: Tokenizer, source: Source, samples: int = 50) -> None:
-    """A bar per layer, the spread over samples, and the placement that it implies"""
-    batches = [collate([s], model.config, tokenizer) for s in source.batch(0, 0, samples)]
-    ranks = sample_ranks(model, batches)
+def rank_layers(model: VideoLM, source: Source, samples: int = 50) -> list[float]:
+    """The ARank of each layer, mean over samples; a bar per layer is printed, and the spread."""
+    c, tokenizer, found = model.config, data.tokenizer_for(model.config), []
+    for sample in bar(source.batch(0, 0, samples), "ranking"):
+        batch = collate([sample], c, tokenizer)
+        found.append(layer_ranks(model.eval(), prepare(batch, c, model.norm.weight.device)))
+    ranks = torch.cat(found)  # (samples, L)
     mean, spread = ranks.mean(0), ranks.std(0, correction=0)
     print(f"ARank of {len(ranks)} samples: rank of the attention maps, mean over heads, +- spread")
-    for layer, r in enumerate(rank_placement(mean.tolist(), 0.5)):
-        bar = "#" * round(40 * float(mean[layer] / mean.max()))
-        kind = "dense" if r == 1 else "routed"
-        print(f"layer {layer:2} {mean[layer]:7.1f} +-{spread[layer]:5.1f}  {kind:6}  {bar}")
+    for layer, rank in enumerate(mean):
+        line = "#" * round(40 * float(rank / mean.max()))
+        print(f"layer {layer:2} {rank:7.1f} +-{spread[layer]:5.1f}  {line}")
+    return mean.tolist()
 
 
 # --- what a run shows -----------------------------------------------------------------------------
@@ -645,11 +658,12 @@ def report(
         result["on_shapes"] = on_shapes(model, tokenizer, samples[:64], source)
     print(f"{folder}: {len(samples)} {source.kind}")
     print_results(result)
-    print_shares(result)
-    print("for example, free-running (<- the truth, where it differs):")
+    for where, share in result.get("on_shapes", {}).items():
+        print(f"  {'kept patches on shapes: ' + where:40}{share:>18.1%}")
+    print("for example, free-running, 100 letters of each (<- the truth, where it differs):")
     for about, mine, true in examples:
-        differs = f"   <- {true}" if mine != true else ""
-        print(printable(f"  {about}{mine}{differs}"))
+        differs = f"   <- {true:.100}" if mine != true else ""
+        print(printable(f"  {about:.100}{mine:.100}{differs}"))
     write_json(folder / "eval.json", result)
     drawing = folder / "routing.png"
     draw_routing(model, tokenizer, samples[0], source.pixels(samples[0]), drawing)
@@ -668,14 +682,6 @@ def print_results(result: dict) -> None:
             line += f"{form.format(result[way][key]) if key in result[way] else '':>18}"
         if key in result["free_running"]:
             print(line)
-
-
-def print_shares(result: dict) -> None:
-    """What the routers kept, and the accuracy of each kind of question"""
-    for where, share in result.get("on_shapes", {}).items():
-        print(f"  {'kept patches on shapes: ' + where:40}{share:>18.1%}")
-    for kind, share in result.get("accuracy_of", {}).items():
-        print(printable(f"    {kind:18}{share:>18.1%}"))
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -706,7 +712,6 @@ class EvalConfig(WatchConfig):
     ask: tuple = flag((), 'of --watch: "12.5 What is it?" asks at that time; may be repeated')
     arank: bool = flag(False, "rank the layers of a dense run instead (gamma-MoD)")
     streams: int = flag(64, "held-out streams to evaluate on")
-    compile: bool = flag(False, "compile the model")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -753,15 +758,13 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(cfg.run) if cfg.run else newest_run()
     model = load(folder, pick_device(cfg.device)).eval()
     settings = read_settings(folder)
-    if cfg.compile:
-        torch._dynamo.config.recompile_limit = 64  # kinds of chunk, times rooms of the cache
-        model.run_layers = torch.compile(model.run_layers, fullgraph=True, dynamic=True)
     if cfg.watch:
         return watch(cfg, model, folder, settings)
     source = data.open_source(**settings, size=model.config.image_size)
     source = model.adapt_source(source, folder)
     if cfg.arank:
-        return print_ranks(model, data.tokenizer_for(model.config), source)
+        rank_layers(model, source)
+        return
     report(folder, model, source, cfg.streams, cfg.threshold)
 
 

@@ -162,16 +162,21 @@ class Router(nn.Module):
 
     x: (B, T, D) hidden states as they enter the layer -> (B, T) scores, read as logits: for gates
     and for late tokens 0 is the middle
+    normed: score x / rms(x), as where a decoder was trained before. In one rms(x) grows from 0.1 to
+    30 over the layers, and is 1,000 at the first token: there w . x is nowhere near 0.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, normed: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))  # model.initialise draws it
+        self.normed = normed
 
     def forward(self, x: Tensor) -> Tensor:
         # A product and a sum in at least float32, not F.linear: in bfloat16 many scores tie.
-        weight = self.weight.to(torch.promote_types(x.dtype, torch.float32))
-        return (x * weight).sum(-1)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.normed:
+            x = F.rms_norm(x, x.shape[-1:])
+        return (x * self.weight).sum(-1)
 
 
 def random_score(position: Tensor, layer: int, seed: Tensor) -> Tensor:

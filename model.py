@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -55,6 +55,7 @@ class Config:
     gate: str = "unit"
     weigh: str = "update"  # train.py has another default
     masked: str = "text"
+    router_norm: bool = False  # routers score x / rms(x), of a decoder that was trained before
 
     usual_flags: ClassVar[dict[str, float | str]] = {}  # of train.py, for models of this kind
 
@@ -401,7 +402,7 @@ class VideoLM(nn.Module):
         self.routers = nn.ModuleDict()
         for layer, r in enumerate(c.keep):
             if 0 < r < 1 and c.router in LEARNED:
-                self.routers[self.router_name(layer)] = Router(c.hidden_size)
+                self.routers[self.router_name(layer)] = Router(c.hidden_size, c.router_norm)
 
     def router_name(self, layer: int) -> str:
         """Name of the layer's router in `routers`"""
@@ -537,14 +538,6 @@ def layer_ranks(model: VideoLM, inputs: Inputs) -> Tensor:
     return torch.stack(ranks, dim=1)
 
 
-def sample_ranks(model: VideoLM, batches: Iterable[NamedTuple]) -> Tensor:
-    """(samples, L) float64, `layer_ranks` of data.Batches of one sample each"""
-    device, ranks = model.norm.weight.device, []
-    for batch in batches:
-        ranks.append(layer_ranks(model.eval(), prepare(batch, model.config, device)))
-    return torch.cat(ranks).cpu()
-
-
 def streaming_loss(
     model: VideoLM, hidden: Tensor, at: Tensor, target: Tensor, weight: Tensor
 ) -> Tensor:
@@ -669,13 +662,13 @@ class Window(Cache):
         self.starts = self.seen.expand(streams, frames)
 
     def advance(self, groups: Groups) -> Tensor:
-        in_frame = groups.id >= 0
-        if bool((in_frame & (groups.id != groups.id[:, :1])).any()):
+        first = groups.id[:, :2].amax(1, keepdim=True)  # a stream's first token has no group
+        if bool(((groups.id >= 0) & (groups.id != first)).any()):
             raise ValueError(
                 "with a window, a chunk must begin with its only frame, got text or two frames"
             )
         start = super().advance(groups)
-        gets_frame = in_frame[:, :1]
+        gets_frame = first >= 0
         self.first_text = torch.minimum(self.first_text, start.where(gets_frame, PADDING))
         starts = torch.cat([self.starts[:, 1:], start], dim=1)
         self.starts = starts.where(gets_frame, self.starts)

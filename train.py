@@ -35,7 +35,7 @@ except ImportError:
 
 import data
 from data import Source, collate
-from eval import report
+from eval import rank_layers, report
 from mod import GATES, MASKED, PLACEMENTS, WEIGHED, check_keep_ratio, placement, rank_placement
 from mod import routing_loss as routing_loss_of
 from model import (
@@ -55,7 +55,6 @@ from model import (
     read_json,
     read_weights,
     run_main,
-    sample_ranks,
     save,
     streaming_loss,
     write,
@@ -90,7 +89,7 @@ class TrainConfig:
     muon_lr: float = flag(0.02, "peak learning rate of hidden matrices (Muon)")
     adam_lr: float = flag(0.002, "peak learning rate of everything else (AdamW)")
     save_every: int = flag(100, "steps between checkpoints")
-    streams: int = flag(64, "held-out streams to evaluate on at the end")
+    streams: int = flag(64, "held-out streams to evaluate on at the end, 0: no evaluation")
     device: str = flag("", "cpu or cuda (default: cuda where there is one)")
     compile: bool = flag(False, "compile the model for training")
     resume: bool = flag(False, "go on with the run in --out")
@@ -101,6 +100,7 @@ class TrainConfig:
         "keep",
         "routing_loss",
         "sigma",
+        "streams",
     )
 
     def __post_init__(self) -> None:
@@ -169,22 +169,27 @@ def build(cfg: TrainConfig) -> VideoLM:
 
 def route(cfg: TrainConfig, sizes: Config, dense: VideoLM | None = None) -> Config:
     """`sizes` with the placement and the routers of the flags; dense: a trained model, for ARank"""
-    if cfg.plan == "arank":
+    if cfg.plan in MEASURED:
         if dense is None:
-            raise ValueError("init must name a trained dense run for the plan arank, got none")
-        keep = keep_by_rank(cfg, dense)
+            rule = f"name a trained dense run for the plan {cfg.plan}"
+            raise ValueError(f"init must {rule}, got none")
+        keep = MEASURED[cfg.plan](cfg, dense)
     else:
         keep = placement(cfg.plan, sizes.num_hidden_layers, cfg.keep)
-    sizes = replace(sizes, keep=keep, router=cfg.router)
+    # New routers of a trained decoder are normed; those of a routed run stay as they are.
+    norm = sizes.router_norm or bool(cfg.init and min(sizes.keep) == 1)
+    sizes = replace(sizes, keep=keep, router=cfg.router, router_norm=norm)
     return replace(sizes, gate=cfg.gate, weigh=cfg.weigh, masked=cfg.masked)
 
 
 def keep_by_rank(cfg: TrainConfig, dense: VideoLM) -> tuple[float, ...]:
     """The placement of gamma-MoD, by the ARank of 50 samples"""
-    c, tokenizer = dense.config, data.tokenizer_for(dense.config)
-    samples = open_source(cfg, dense).batch(0, 0, 50)
-    ranks = sample_ranks(dense, [collate([s], c, tokenizer) for s in samples])
-    return rank_placement(ranks.mean(0).tolist(), cfg.keep, cfg.dense_layers)
+    ranks = rank_layers(dense, open_source(cfg, dense))
+    return rank_placement(ranks, cfg.keep, cfg.dense_layers)
+
+
+# Plans that look at a dense model. extras/measured.py adds one.
+MEASURED: dict[str, Callable] = {"arank": keep_by_rank}
 
 
 def open_source(cfg: TrainConfig, model: VideoLM) -> Source:
@@ -434,7 +439,8 @@ def run(cfg: TrainConfig, model: VideoLM) -> None:
 def finish(cfg: TrainConfig, source: Source) -> None:
     """Evaluate a run as it was saved."""
     model = load(cfg.folder, pick_device(cfg.device)).eval()
-    report(cfg.folder, model, model.adapt_source(source, cfg.folder), cfg.streams)
+    if cfg.streams:
+        report(cfg.folder, model, model.adapt_source(source, cfg.folder), cfg.streams)
 
 
 def main(argv: list[str] | None = None) -> None:

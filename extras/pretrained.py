@@ -201,7 +201,8 @@ def pretrained(
         found = huggingface.read_fields(vision, huggingface.encoder_fields)
         config = fit(config, vision, found | huggingface.pixel_fields(Path(vision)))
     rows = config.vocab_size + new_tokens
-    return replace(config, llm=llm, vision=vision, vocab_size=rows, new_tokens=new_tokens)
+    found = {"llm": llm, "vision": vision, "vocab_size": rows, "new_tokens": new_tokens}
+    return replace(config, **found, router_norm=llm != "")
 
 
 def fit(config: PretrainedConfig, folder: str, found: dict) -> PretrainedConfig:
@@ -228,7 +229,10 @@ def build(
     """A model with the weights of its folders, in the types of their files, the rest drawn."""
     model = skeleton(config)
     borrow(model, lambda name: config.folder_of(name) != "")
-    return draw_missing(model, seed, device)
+    draw_missing(model, seed, device)
+    if config.llm:
+        scale_vision(model)
+    return model
 
 
 @torch.no_grad()
@@ -253,6 +257,26 @@ def draw_missing(model: PretrainedLM, seed: int, device: torch.device | str) -> 
         else:
             core.draw_weight(name, p, generator)
     return model
+
+
+@torch.no_grad()
+def scale_vision(model: PretrainedLM) -> None:
+    """Let vision tokens enter a trained decoder as large as text, not ten times as large.
+
+    The root mean square of vision tokens is measured on frames of noise.
+    """
+    device, size = model.norm.weight.device, model.config.image_size
+    generator = torch.Generator(device).manual_seed(0)
+    noise = torch.empty(4, 3, size, size, device=device)
+    noise = noise.uniform_(0, 256, generator=generator).to(torch.uint8)
+    last, text = model.multi_modal_projector.linear_2, model.embed_tokens.weight
+    features = model.vision_model(noise).to(last.weight.dtype)
+    vision = model.multi_modal_projector(features)
+    last.weight.mul_(rms(text) / rms(vision))
+
+
+def rms(x: Tensor) -> Tensor:
+    return x.float().square().mean().sqrt()
 
 
 def learn_in_float32(model: PretrainedLM) -> PretrainedLM:
@@ -412,7 +436,7 @@ def first_model(
 ) -> PretrainedLM:
     """The model before its first step; the plan arank looks at the dense one first."""
     dense = None
-    if cfg.plan == "arank":
+    if cfg.plan in train.MEASURED:
         dense = build(sizes, cfg.seed).to(core.pick_device(cfg.device))
     return build(train.route(settings, sizes, dense), cfg.seed)
 

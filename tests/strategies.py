@@ -136,7 +136,8 @@ def watches(draw, max_streams=3, together=False, max_chunks=4, ratios=RATIOS, **
     """
     chosen = {"pool": draw(st.integers(1, 2)), "router": draw(st.sampled_from(ROUTERS)),
               "gate": draw(st.sampled_from(sorted(GATES))), "masked": draw(st.sampled_from(sorted(MASKED))),
-              "weigh": draw(st.sampled_from(WEIGHED)), "num_key_value_heads": draw(st.sampled_from([1, 2, 4]))}
+              "weigh": draw(st.sampled_from(WEIGHED)), "router_norm": draw(st.booleans()),
+              "num_key_value_heads": draw(st.sampled_from([1, 2, 4]))}
     keep, B = tuple(draw(st.lists(ratios, min_size=1, max_size=4))), draw(st.integers(1, max_streams))
     model = tiny(keep, draw(SEEDS), draw(st.sampled_from(DEVICES)), **chosen | fixed)
     few = st.lists(st.just(False), max_size=2)

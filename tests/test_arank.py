@@ -11,8 +11,9 @@ from strategies import SEEDS, collate, integers, normal, tiny, unit
 from test_reference import norm
 
 import data
+from eval import rank_layers
 from mod import arank, rank_placement
-from model import layer_ranks, prepare, sample_ranks
+from model import layer_ranks, prepare
 
 
 @given(SEEDS, st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(0, 4))
@@ -121,13 +122,19 @@ def test_the_ranks_of_a_model_are_those_of_an_explicit_forward_pass(groups):
             x = layer_of(block, c, x, places)
 
 
-def test_samples_are_measured_one_by_one_and_stay_in_order():
-    tokenizer = data.Tokenizer()
+def test_the_rank_of_a_layer_is_its_mean_over_samples_each_measured_alone(capsys):
+    tokenizer, world = data.Tokenizer(), data.World(8, 3)
     model = tiny((1.0,) * 2, 0, "cpu", vocab_size=len(tokenizer))
-    batches = [data.collate([sample], model.config, tokenizer) for sample in data.World(8, 3).held_out(3)]
-    ranks = sample_ranks(model, batches)
-    alone = [layer_ranks(model, prepare(batch, model.config, torch.device("cpu"))) for batch in batches]
-    assert torch.equal(ranks, torch.cat(alone)) and ranks.shape == (3, 2)
+    ranks, alone = rank_layers(model, world, 3), []
+    for sample in world.batch(0, 0, 3):
+        batch = data.collate([sample], model.config, tokenizer)
+        alone.append(layer_ranks(model, prepare(batch, model.config, torch.device("cpu"))))
+    mean, spread = torch.cat(alone).mean(0), torch.cat(alone).std(0, correction=0)
+    assert ranks == mean.tolist()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("ARank of 3 samples") and len(lines) == 3
+    for layer, line in enumerate(lines[1:]):
+        assert line.startswith(f"layer {layer:2} {mean[layer]:7.1f} +-{spread[layer]:5.1f}  #")
 
 
 @pytest.mark.parametrize(("layers", "dense"), [(1, 1), (8, 1), (9, 2), (24, 3), (25, 4), (32, 4), (40, 4)])

@@ -138,11 +138,14 @@ def test_a_dense_run_is_converted_with_two_commands(tmp_path, capsys, monkeypatc
     assert sorted(config["keep"]) == [0.5, 0.5, 1.0] and config["num_hidden_layers"] == 3
     assert (config["router"], config["gate"], config["masked"]) == ("shared", "unit", "question+answer")
     assert (settings["routing_loss"], settings["plan"]) == (0.01, "arank")
-    capsys.readouterr()
+    printed = capsys.readouterr().out
     evaluation.main(["out/dense", "--arank", "--device", "cpu"])
-    ranks = capsys.readouterr().out.splitlines()
-    kinds = [{"dense": 1.0, "routed": 0.5}[line.split("+-")[1].split()[1]] for line in ranks[1:]]
-    assert kinds == config["keep"]
+    shown = capsys.readouterr().out
+    assert shown in printed  # the ranks of the same samples
+    ranks = [float(line.split("+-")[0].split()[-1]) for line in shown.splitlines()[1:]]
+    assert config["keep"] == [1.0 if rank == max(ranks) else 0.5 for rank in ranks]
+    train.main([*small, "--preset", "tiny", "--steps", "1", "--streams", "0", "--out", "out/short"])
+    assert not Path("out/short/eval.json").exists()
     with pytest.raises(ValueError, match="ARank must be measured on a dense run"):
         evaluation.main(["out/gamma", "--arank", "--device", "cpu"])
     result = json.loads(Path("out/gamma/eval.json").read_text())

@@ -51,6 +51,7 @@ def test_each_frame_ends_in_a_decision_and_each_reply_follows_its_frame(turns, f
         expected += [(i, -1, label) for i, label in zip(reply, [*reply[1:], -100], strict=False)]
     turns = [turn for turn in turns if turn.frame < frames]
     found = layout(turns, frames, per_frame, t, MASKED["text"])
+    expected[0] = (expected[0][0], -1, -100)  # the first token of a stream never skips
     assert [*zip(*found, strict=True)] == expected
 
 
@@ -72,7 +73,7 @@ def test_text_joins_the_frame_it_comes_before_or_the_last_unless_it_is_masked(
              (tokens_of("U", t.user), question), ([t.assistant], handover), ([9, 8, t.end], answer)]
     row = layout(turns, 2, 2, t, MASKED[masked])
     assert row.tokens == [i for ids, _ in parts for i in ids]
-    assert row.group == [group for ids, group in parts for _ in ids]
+    assert row.group == [-1, *[group for ids, group in parts for _ in ids][1:]]  # the first never skips
     assert [i for i in row.labels if i >= 0] == [
         t.silent, t.assistant, *t.encode("now"), t.end, 9, 8, t.end]
 
@@ -84,6 +85,12 @@ def test_a_vocabulary_may_begin_each_stream_and_only_its_first_chunk():
     assert [row.tokens, row.group, row.labels] == [
         [7, 7, *later.tokens], [-1, -1, *later.group], [-100, -100, *later.labels]]
     assert layout([], 1, 1, t, ()) == row
+
+
+def test_the_first_token_of_a_stream_never_skips_and_that_of_a_later_chunk_may():
+    first, later = (layout([], 2, 2, TOKENIZER, (), begins).group for begins in (True, False))
+    assert first == [-1, 0, -1, 1, 1, -1] and later == [0, 0, -1, 1, 1, -1]
+    assert layout([], 0, 2, TOKENIZER, ()) == ([], [], [])
 
 
 def test_a_model_of_other_words_is_refused():

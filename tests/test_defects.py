@@ -116,7 +116,7 @@ PLANTS = {  # number and defect -> the function it is planted in, what it replac
         "return (deepcopy(self.routers) if layer and self.config.router == 'shared' else self.routers)[",
         [REFERENCE]),
     "32 scores that know the mean of the sequence": (
-        Router, "forward", "(x * weight)", "((x - x.mean(1, keepdim=True)) * weight)",
+        Router, "forward", "(x * self.weight)", "((x - x.mean(1, keepdim=True)) * self.weight)",
         [REFERENCE, CHUNKS]),
     "35 kept tokens that do not see each other": (
         Attention, "forward", "F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)",

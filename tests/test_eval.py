@@ -59,7 +59,6 @@ def test_turns_are_cut_at_the_true_replies_and_a_silent_model_is_waited_for(monk
 @pytest.mark.parametrize("opening", [[], [7]])
 def test_free_running_is_scored_on_exactly_what_the_model_heard(monkeypatch, opening):
     monkeypatch.setattr(TOKENIZER, "opening", opening)
-    monkeypatch.setattr(evaluation.Watcher.__init__, "__defaults__", (0.0, 0, 5))  # 5 tokens a reply
     config = Config(vocab_size=len(TOKENIZER), image_size=16, pool=2, num_hidden_layers=4, keep=(0.2,) * 4)
     model = initialise(VideoLM(config), 1).double()
     samples = World(size=16).held_out(3)
@@ -71,7 +70,9 @@ def test_free_running_is_scored_on_exactly_what_the_model_heard(monkeypatch, ope
     assert any(map(any, decided)) and not all(map(all, decided))  # else it shows nothing
     assert [r.spoke for r in evaluation.read(model, TOKENIZER, own, 0.0)] == decided
     said = [turn for s in own for turn in s.turns if turn.role == "assistant"]
-    assert all(len(turn.said) <= 5 and turn.text == TOKENIZER.decode(turn.said) for turn in said)
+    longest = max(len(TOKENIZER.encode(text)) for s in samples for text in replies(s).values())
+    assert max(len(turn.said) for turn in said) == longest  # no reply is longer than a right one may be
+    assert all(turn.text == TOKENIZER.decode(turn.said) for turn in said)
 
 
 def test_what_is_read_is_what_the_model_says_of_each_token_and_the_shares_are_counted(monkeypatch):
@@ -233,7 +234,6 @@ def test_answers_are_counted_right_word_for_word_and_skipped_tokens_over_the_rou
     computed, given = (torch.cat([part[i] for part in told]).double() for i in (0, 1))
     assert [seed for *_, seeds in told for seed in seeds] == [s.seed for s in samples]
     assert said == [" red", " red.", " Red", " red", " red"] and result["questions"] == 5
-    assert result["accuracy_of"] == {"Who is": pytest.approx(3 / 4), "Why?": 0}
     assert result["tokens"] == {"computed": computed.mean(0).tolist(), "given": given.mean().item()}
     assert computed[:, 1].tolist() == given[:, 0].tolist()  # the dense layer
     skipped = 1 - float(computed[:, 0].sum() + computed[:, 2].sum()) / (2 * float(given.sum()))

@@ -52,7 +52,8 @@ def scores_of(model, layer, x, tokens, seed):
     c, n = model.config, len(tokens)
     if c.router in LEARNED and c.keep[layer] > 0:
         weight = model.routers["shared" if c.router == "shared" else str(layer)].weight
-        return [(weight * x[t]).sum() for t in tokens]
+        rms = {t: x[t].square().mean().sqrt() if c.router_norm else 1 for t in tokens}
+        return [(weight * x[t]).sum() / rms[t] for t in tokens]
     if c.router == "random":
         return [random_score(torch.tensor([[t]]), layer, torch.tensor([seed])) for t in tokens]
     assert c.router == "uniform" or c.keep[layer] == 0  # another router needs a branch above

@@ -3,10 +3,11 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import normal, routings
+from strategies import SEEDS, normal, routings
 
 import mod
 from mod import Groups, Router, capacity, random_score, uniform_score
+from model import Config, VideoLM, initialise
 
 
 @given(routings())
@@ -34,9 +35,25 @@ def test_random_scores_are_spread_evenly_and_differ_between_streams_layers_and_p
 
 
 def test_scores_of_a_bfloat16_model_are_products_of_float32():
-    router, x = Router(64).bfloat16(), normal(0, 1, 100, 64).bfloat16()
-    torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(router(x), (x.double() @ router.weight.double()).float(), rtol=1e-5, atol=1e-5)
+    x, weight = normal(0, 1, 100, 64).bfloat16(), normal(1, 64)
+    for normed in (False, True):
+        router = Router(64, normed).bfloat16()
+        router.weight.data.copy_(weight)
+        rms = x.double().square().mean(-1).sqrt() if normed else 1
+        exact = x.double() @ router.weight.double() / rms
+        torch.testing.assert_close(router(x), exact.float(), rtol=1e-5, atol=1e-5)
+
+
+@given(SEEDS, st.floats(1e-3, 1e3))
+def test_a_normed_router_hears_the_direction_of_a_state_and_not_its_size(seed, size):
+    router, x = Router(16, True), normal(seed, 1, 9, 16)
+    router.weight.data.copy_(normal(seed + 1, 16))
+    torch.testing.assert_close(router(size * x), router(x), rtol=1e-9, atol=1e-9)
+
+
+def test_scores_of_a_fresh_normed_router_are_near_0_so_that_unit_starts_almost_unchanged():
+    fresh = initialise(VideoLM(Config(keep=(1.0, 0.2, 1.0), router_norm=True)), 0).routers["1"]
+    assert fresh(1000 * normal(0, 1, 99, 128)).abs().max() < 0.6  # 6 standard deviations
 
 
 def test_random_scores_are_those_of_every_version():

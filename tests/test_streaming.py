@@ -68,7 +68,7 @@ def test_chunks_of_any_streams_are_the_whole_sequences_at_once_and_alone(watch):
     (None, [[0, 0], [0]], "a chunk must not split a group, got 0 again"),
     (3, [[0, 0, -1], [-1], [0, -1]], "a chunk must not split a group, got 0 again"),
     (3, [[0, 0, 1, 1]], "with a window, a chunk must begin with its only frame"),
-    (3, [[-1, 0, 0]], "with a window, a chunk must begin with its only frame"),
+    (3, [[-1, -1, 0, 0]], "with a window, a chunk must begin with its only frame"),
     (3, [[0, 0, -1, 1, 1]], "with a window, a chunk must begin with its only frame")])
 def test_a_chunk_that_splits_a_group_or_hides_a_frame_is_refused(window, chunks, complaint):
     model = tiny((1.0,), 0, "cpu")
