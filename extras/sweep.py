@@ -9,12 +9,14 @@ Whoever stops a sweep stops its runs too.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, product
@@ -28,6 +30,7 @@ import data
 import model as core
 import train
 from eval import on_shapes, read
+from extras import measured, pretrained  # noqa: F401  (the plan measured)
 from extras.baselines import VARIANTS
 from extras.cost import flops, muon_matrices, step_flops
 from mod import WEIGHED
@@ -102,11 +105,15 @@ def rows_of(name: str) -> list[list[str]]:
 class Sweep:
     """The runs of a table. Each is a process, and none outlives the sweep.
 
-    flags: of train.py, for all runs;  jobs: seeds that are trained at once
+    rows: each its name and its flags, the dense one first;  flags: of train.py, for all runs
+    jobs: seeds that are trained at once
     """
 
-    def __init__(self, name: str, jobs: int, flags: dict[str, str], device: str) -> None:
-        self.name, self.jobs, self.flags, self.device = name, jobs, flags, device
+    def __init__(
+        self, name: str, rows: list[list[str]], jobs: int, flags: dict[str, str], device: str
+    ) -> None:
+        self.name, self.rows, self.jobs = name, rows, jobs
+        self.flags, self.device = flags, device
         self.folder = Path("out") / name
         self.stopped = threading.Event()
         self.running: list[subprocess.Popen] = []
@@ -139,7 +146,7 @@ class Sweep:
 
     def train_seed(self, seed: int) -> None:
         """Train the rows of a seed in order: the dense run is first, and others start from it."""
-        for row, *flags in rows_of(self.name):
+        for row, *flags in self.rows:
             run = self.folder / f"{row}-seed{seed}"
             if not self.stopped.is_set() and not (run / "eval.json").exists():
                 self.train_run(run, self.command(run, flags, seed))
@@ -185,31 +192,39 @@ def leave(*signal_and_frame: object) -> None:
 def train_row(argv: list[str]) -> None:
     """Do what train.py does with these flags, and look at the model at each of its checkpoints.
 
-    argv: may begin with a word of baselines.VARIANTS, which holds for this process
+    argv: may begin with a word of baselines.VARIANTS, which holds for this process; with --llm it
+        is extras/pretrained.py that does it
     """
     if argv[0] in VARIANTS:
-        name, other = VARIANTS[argv[0]]
-        for module in (train, core):
-            if hasattr(module, name):
-                setattr(module, name, other)
+        put_variant(*VARIANTS[argv[0]])
         argv = argv[1:]
     checkpoint = train.checkpoint
 
     def look_and_save(folder: Path, model: VideoLM, optimizers: list, step: int) -> None:
-        if step > 0:
-            look(folder, model, step)
+        look(folder, model, step)
         checkpoint(folder, model, optimizers, step)
 
     train.checkpoint, sys.argv = look_and_save, ["train.py", *argv]
+    begins = any(arg.startswith("--llm") for arg in argv)
     try:
-        train.main(argv)
+        (pretrained if begins else train).main(argv)
     finally:
         train.checkpoint = checkpoint
 
 
+def put_variant(name: str, other: type | Callable) -> None:
+    """Put a baseline in the place of a name of the core, and of the models of folders."""
+    for module in (train, core):
+        if hasattr(module, name):
+            setattr(module, name, other)
+    if name == "VideoLM":
+        plain = pretrained.PretrainedLM
+        pretrained.PretrainedLM = type(other.__name__, (other, plain), {})
+
+
 def look(folder: Path, model: VideoLM, step: int) -> None:
-    """Append a line to looks.jsonl: peak memory, the share of the held-out reply tokens that are
-    right, and that of the kept patches that show a shape.
+    """Append a line to looks.jsonl: peak memory, the perplexity of held-out replies, the share of
+    their tokens that are right, and that of the kept patches that show a shape.
 
     This comes before the checkpoint. After a kill between the two, the step is taken again, and
     the later one of two lines counts.
@@ -223,6 +238,8 @@ def look(folder: Path, model: VideoLM, step: int) -> None:
             readings = read(model, tokenizer, held_out, threshold=0.0)
             right = chain(*(reading.right.values() for reading in readings))
             line["reply_accuracy"] = fmean(chain(*right))
+            nll = chain(*(reading.nll.values() for reading in readings))
+            line["perplexity"] = math.exp(min(100.0, fmean(chain(*nll))))
     with open(folder / "looks.jsonl", "a") as file:
         print(json.dumps(line), file=file)
 
@@ -292,8 +309,7 @@ def row_of(run: Path) -> dict:
     if "tokens" in result:
         scores["flops_of_dense"] = answer_share(model.config, batch, result["tokens"])
     seen = what_was_seen(run)
-    if seen["reply_accuracy_at"] and settings.save_every <= 25:  # else the line is too coarse
-        scores["steps_to_95"] = round(steps_to(0.95, seen["reply_accuracy_at"]), 1)
+    scores |= scores_over_steps(seen["reply_accuracy_at"], settings)
     result["free_running"] = {name: float(value) for name, value in scores.items()}
     size = [p.numel() for p in model.parameters()]
     learnt = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -317,15 +333,27 @@ def read_lines(file: Path) -> list[dict]:
 
 
 def what_was_seen(run: Path) -> dict:
-    """Of looks.jsonl: peak memory; at each step the share of kept patches that show a shape, and
-    the share of the reply tokens that are right."""
+    """Of looks.jsonl: peak memory; at each step the share of kept patches that show a shape, the
+    share of the reply tokens that are right, and their perplexity."""
     file = run / "looks.jsonl"
     looks = read_lines(file) if file.exists() else []
     seen = {"peak_memory": max([line["peak_memory"] for line in looks], default=0)}
-    for name in ("on_shapes", "reply_accuracy"):
+    for name in ("on_shapes", "reply_accuracy", "perplexity"):
         found = [line for line in looks if line.get(name) not in (None, {})]
         seen[f"{name}_at"] = {line["step"]: line[name] for line in found}
     return seen
+
+
+def scores_over_steps(
+    accuracy_at: dict[int, float], settings: train.TrainConfig
+) -> dict[str, float]:
+    """Steps to 95 %; of a converted run the accuracy of replies before its first step"""
+    scores = {}
+    if settings.init and 0 in accuracy_at:
+        scores["reply_accuracy_before"] = accuracy_at[0]
+    if accuracy_at and settings.save_every <= 25:  # else the line is too coarse
+        scores["steps_to_95"] = round(steps_to(0.95, accuracy_at), 1)
+    return scores
 
 
 def steps_to(goal: float, accuracy_at: dict[int, float]) -> float:
@@ -407,7 +435,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg, _ = parse(SweepConfig, argv, __doc__)
     numbers = {"steps": cfg.steps, "streams": cfg.streams}
     flags = {name: str(number) for name, number in numbers.items() if number > 0}
-    sweep = Sweep(cfg.name, cfg.jobs, flags, cfg.device)
+    sweep = Sweep(cfg.name, rows_of(cfg.name), cfg.jobs, flags, cfg.device)
     sweep.train(cfg.seeds)
     write_json(Path(f"{sweep.folder}.json"), collect(sweep.folder))
     print(f"written to {sweep.folder}.json")

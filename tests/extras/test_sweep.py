@@ -147,16 +147,19 @@ def test_each_row_of_a_sweep_is_a_run_that_train_takes():
 @pytest.mark.parametrize(("word", "name"), [("WORST", "rank_placement"), ("A-MOD", "VideoLM"), ("RANDOM-SELECTION", "VideoLM")])
 def test_a_word_of_a_row_puts_its_variant_in_the_place_of_what_train_uses(word, name, tmp_path, monkeypatch):
     (row,) = [row for table in ("scene", "vqa") for row in sweep.rows_of(table) if row[-1] == word][:1]
-    command = sweep.Sweep("scene", 1, {}, "cpu").command(tmp_path / "run", row[1:], 0)
+    command = sweep.Sweep("scene", [], 1, {}, "cpu").command(tmp_path / "run", row[1:], 0)
     assert command[4] == word and word not in command[5:]
     for module in (train, sweep.core):  # so that they are as before when the test ends
         if hasattr(module, name):
             monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(pretrained, "PretrainedLM", pretrained.PretrainedLM)
     began = []
     monkeypatch.setattr(train, "main", began.append)
     sweep.train_row(command[4:])
     assert getattr(train, name) is VARIANTS[word][1] and began == [command[5:]]
     assert hasattr(sweep.core, "rank_placement") is False
+    if name == "VideoLM":  # models of folders too
+        assert issubclass(pretrained.PretrainedLM, VARIANTS[word][1])
 
 
 def test_the_worst_placement_keeps_the_lowest_ranks_dense():

@@ -1,0 +1,111 @@
+"""The experiment on a real decoder: what is measured is what is said, and what is done is not done again."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+from extras import pretrained, real, sweep
+from model import load
+
+FIXTURES = Path(__file__).parent / "fixtures"
+ROWS = """
+    converted  --plan dense
+    amod       --plan interleaved --router random A-MOD"""
+
+
+class Child:
+    """In place of a process that trains: the same, here and now"""
+
+    def __init__(self, command: list[str], **how) -> None:
+        sweep.main(command[3:])
+
+    def wait(self) -> int:
+        return 0
+
+    def terminate(self) -> None:
+        pass
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers", reason="reads tokenizer.json")
+    monkeypatch.chdir(tmp_path)
+    small = {"SAMPLES": 2, "LENGTH": 16, "SIZES": (1,), "ROWS": ROWS,
+             "ADAPT": "--task narration --batch 1 --steps 1 --streams 2 --adam_lr 0.001"}
+    for name, value in small.items():
+        monkeypatch.setattr(real, name, value)
+    monkeypatch.setattr(pretrained, "PretrainedLM", pretrained.PretrainedLM)
+    monkeypatch.setattr(sweep.core, "VideoLM", sweep.core.VideoLM)
+    monkeypatch.setattr(sweep.train, "VideoLM", sweep.train.VideoLM)
+    monkeypatch.setattr(subprocess, "Popen", Child)
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess([], 0, "", ""))
+    (tmp_path / "decoder").symlink_to(FIXTURES / "smollm2")
+
+
+def test_the_experiment_is_done_piece_by_piece_and_goes_on_where_it_was_cut_off(here, monkeypatch, capsys):
+    piece = real.Report.piece
+
+    def cut_off(report, section, name, make):
+        if (section, name) == ("sets", "streams, keep 0.2"):
+            raise KeyboardInterrupt
+        return piece(report, section, name, make)
+
+    argv = ["decoder", "--seeds", "1", "--device", "cpu"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(real.Report, "piece", cut_off)
+        real.main(argv)
+    before = json.loads(Path("out/real.json").read_text())
+    assert before.keys() == {"about", "gates", "runs", "layers", "sets"} and [*before["runs"]] == ["dense-seed0"]
+    capsys.readouterr()
+    real.main(argv)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("gates:", "layers:", "sets:", "runs:"))]
+    assert said == ["sets: streams, keep 0.2", "sets: streams, keep 0.5", "runs: converted-seed0", "runs: amod-seed0"]
+    found = json.loads(Path("out/real.json").read_text())
+    assert all(before[section].items() <= found[section].items() for section in ("gates", "layers", "sets", "runs"))
+    scores = found["runs"]["amod-seed0"]["free_running"]
+    assert {"reply_accuracy_before", "lm_correctness", "step_flops"} <= scores.keys()
+    assert found["runs"]["amod-seed0"]["flops_of_dense"] < 1 == found["runs"]["converted-seed0"]["flops_of_dense"]
+    assert str(Path.cwd()) not in json.dumps(found)  # no path of a machine
+    (row,) = found["sets"]["prose, keep 0.5"]
+    assert row.keys() == {"layers", "keep", "dense", *real.orders(found["layers"]["prose"], 0.5, 2, 1)}
+    assert load(Path("out/real/amod-seed0")).config.router_norm
+    Path("decoder").unlink()
+    Path("decoder").symlink_to(FIXTURES / "qwen2")
+    with pytest.raises(ValueError, match=r"the folders must be of the weights that .* began with"):
+        real.main(argv)
+
+
+def test_the_texts_skip_in_their_middle_and_are_judged_by_their_last_quarter(monkeypatch):
+    class Letters(data.Tokenizer):
+        def encode(self, text):
+            return [*map(ord, text)]
+
+    monkeypatch.setattr(real, "SAMPLES", 1)
+    monkeypatch.setattr(real, "LENGTH", 8)
+    first, last = real.text_batches(Letters(), "abcdefghijklmnopqr", every=False)
+    assert first.tokens.tolist() == [[*map(ord, "abcdefgh")]]
+    assert first.group.tolist() == [[-1, -1, 0, 0, 0, 0, -1, -1]]
+    assert first.labels.tolist() == [[-100] * 6 + [ord("h"), ord("i")]]
+    assert last.tokens[0, 0] == ord("e") and not first.decision.any()
+    whole = real.text_batches(Letters(), "abcdefghijklmnopqr", every=True)[0]
+    assert whole.group.tolist() == [[-1, *[0] * 7]] and whole.labels.tolist() == [[*map(ord, "bcdefghi")]]
+
+
+def test_orders_take_the_lowest_the_highest_the_cheapest_the_evenly_spaced_and_the_deepest_layers():
+    layers = {"arank": [5, 1, 4, 2, 3, 0], "cost": {"0.5": [0.1, 0.6, 0.2, 0.3, 0.0, 0.9]}}
+    assert real.orders(layers, 0.5, 6, 2) == {"ARank, lowest": [5, 1], "ARank, highest": [2, 0], "measured": [4, 0],
+                                              "interleaved": [1, 4], "deepest": [4, 5]}
+    assert real.orders({"arank": [*range(30)], "cost": {"0.2": [*range(30)]}}, 0.2, 30, 15)["interleaved"] == [*range(1, 30, 2)]
+
+
+def test_the_interval_of_a_correlation_holds_it_and_narrows_with_agreement():
+    values = torch.randn(30, generator=torch.Generator().manual_seed(0)).tolist()
+    low, high = real.interval(values, values)
+    assert (low, high) == pytest.approx((1, 1))
+    noisy = [v + n for v, n in zip(values, torch.randn(30, generator=torch.Generator().manual_seed(1)).tolist(), strict=True)]
+    low, high = real.interval(values, noisy)
+    assert low < real.spearman(values, noisy) < high and 0.2 < high - low < 1
