@@ -13,8 +13,9 @@ coin-next, coin-task, coin-procedure, coin-goal: the same file and score
 keystep    keystep_train.json, keystep_val.json  <take_name>.mp4  top-1
 llava      train.json and val.json, or *.json    its images       relaxed
 
-Clips whose video is missing are left out and counted. Without DIR there are
-three worlds that stand in for them: scene, forecast, summary (worlds.py).
+Clips whose video is missing are left out and counted. Times more than 2 s
+after the end of a video are moved to its last frame, and counted. Without DIR
+there are three worlds that stand in: scene, forecast, summary (worlds.py).
 """
 
 import math
@@ -27,6 +28,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
+
+from numpy import ndarray
 
 from data import (
     Clip,
@@ -45,7 +48,7 @@ from data import (
 from extras import worlds
 from extras.scores import draw_candidates, forecast, numbered, relaxed, top1, true_answers
 from model import VideoLM, parse, run_main
-from video import frame_index
+from video import find_track, frame_index
 
 # What reading a record raises that is not as it should be
 MISTAKES = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
@@ -57,10 +60,12 @@ class Benchmark(Clips):
     A record is what a file has of one video or image, an entry what data.check_entry reads.
     records: folder, "train" or "val" -> what names a record, and the record
     entries: record -> its clips
+    late: where of each clip that was read -> does it go on after the end of its video?
     """
 
     kind = "held-out clips"
     folder: Path
+    late: dict[str, bool]
     records: ClassVar[Callable[[Path, str], Iterator[tuple[str, object]]]]
     entries: ClassVar[Callable[[object], Iterator[dict]]]
 
@@ -72,7 +77,7 @@ class Benchmark(Clips):
             )
         train = cls.read(Path(folder), "train", partial)
         source = cls(train, size, fps, partial, cls.read(Path(folder), "val", partial))
-        source.folder = Path(folder)
+        source.folder, source.late = Path(folder), {}
         return source
 
     @classmethod
@@ -116,6 +121,42 @@ class Benchmark(Clips):
     def answers(self) -> list[str]:
         """All answers of the held-out clips"""
         return [turn["content"] for clip in self.tested for turn in replies(clip)]
+
+    def held_out(self, count: int) -> list[Sample]:
+        """As in data.py. Prints how many of the clips that were read so far are `late`."""
+        samples = super().held_out(count)
+        late = sum(self.late.values())
+        if late:
+            print(
+                f"{self.folder}: the times of {late} of {len(self.late)} clips that were read lie "
+                "more than 2 s after the end of their video, and were moved there"
+            )
+        return samples
+
+    def decode(self, clip: Clip) -> ndarray:
+        """As in data.py, but a span after the end of its video has the last frame."""
+        try:
+            return super().decode(clip)
+        except ValueError:
+            track = find_track(clip.video)
+            last_key = max(track.keys, default=track.zero) - track.zero
+            begin = max(0, last_key - 1 / self.fps)  # not after the last frame
+            if clip.start <= begin:
+                raise
+        frames = super().decode(clip._replace(start=begin))
+        self.late[clip.where] = True
+        return frames[-1:].copy()
+
+    def turns(self, clip: Clip, frames: int) -> list[Turn]:
+        """As in data.py, but times after the last frame are moved there, and the clip is noted."""
+        last = frame_index(clip.start, self.fps) + frames - 1
+        late, moved = self.late.get(clip.where, False), []
+        for turn in clip.turns:
+            if frame_index(turn.get("time", clip.start), self.fps) > last:
+                late, turn = True, turn | {"time": last / self.fps}
+            moved.append(turn)
+        self.late[clip.where] = late
+        return super().turns(clip._replace(turns=moved, end=math.inf), frames)
 
 
 def read_annotations(file: Path, key: str = "") -> object:
@@ -182,10 +223,16 @@ class Ego4D(Benchmark):
             yield {"video": f"{uid}.mp4", "end": turns[-1]["time"], "conversation": turns}
 
     def turns(self, clip: Clip, frames: int) -> list[Turn]:
-        """As in data.py, but what is narrated after the end of the file is left out."""
-        last = frames - 1
-        told = [turn for turn in clip.turns if frame_index(turn["time"], self.fps) <= last]
-        return super().turns(clip._replace(turns=told, end=math.inf), frames)
+        """Of the texts after the last frame the first is moved there, others are left out.
+
+        So does the code of VideoLLM-online.
+        """
+        told = []
+        for turn in clip.turns:
+            told.append(turn)
+            if frame_index(turn["time"], self.fps) >= frames:
+                break
+        return super().turns(clip._replace(turns=told), frames)
 
 
 def listed_videos(folder: Path, lists: str) -> set[str]:
@@ -340,7 +387,9 @@ class Coin(Steps):
     @classmethod
     def entries(cls, record: tuple[str, dict, str]) -> Iterator[dict]:
         name, video, split = record
-        if (video["subset"] == "training") == (split == "train"):
+        subsets = {"training": "train", "testing": "val"}
+        need(video["subset"] in subsets, "subset must be training or testing", video["subset"])
+        if subsets[video["subset"]] == split:
             for start, end, question, answer in cls.questions(video)[cls.task]:
                 yield question_of_span(name, start, end, question, answer)
 
