@@ -195,14 +195,14 @@ def gather_evidence(
     so a model that is silent there counts as punctual. And it waits without the questions that are
     asked meanwhile.
     """
-    spoke = [reading.spoke for reading in read(model, tokenizer, heard, threshold)]
+    readings = read(model, tokenizer, heard, threshold)
     turns, told, untold = [], [], []
     for i, sample in enumerate(truth):
         said = replies(sample)
         frames = sorted(said)
         ends = [*frames[1:], len(sample.frames) - 1]  # where the next turn ends
         for before, frame, after in zip([-1, *frames], frames, ends, strict=False):
-            decided = spoke[i][before + 1 : frame + 1]
+            decided = readings[i].spoke[before + 1 : frame + 1]
             turns.append((i, frame, decided))
             told.append(cut(heard[i], frame, frame + 1, Turn(frame, "assistant", said[frame])))
             if not any(decided):  # wait for it until the next turn ends, at most n - 1 frames
@@ -210,12 +210,15 @@ def gather_evidence(
                 untold.append(cut(heard[i], frame, last + 1))
     waited = iter(read(model, tokenizer, untold, threshold))
     evidence = [[] for _ in truth]
-    scored = read(model, tokenizer, told, threshold)
+    if heard is truth:  # then each true reply has been read where it stands
+        scored = [readings[i] for i, _, _ in turns]
+    else:
+        scored = read(model, tokenizer, told, threshold)
     for (i, frame, decided), reading in zip(turns, scored, strict=True):
         later = [] if any(decided) else next(waited).spoke[frame + 1 :]
         known = reading.nll[frame], reading.right[frame]
         evidence[i].append(Evidence(decided, later, *known))
-    return evidence, spoke
+    return evidence, [reading.spoke for reading in readings]
 
 
 def evaluate(
@@ -712,11 +715,6 @@ class EvalConfig(WatchConfig):
     ask: tuple = flag((), 'of --watch: "12.5 What is it?" asks at that time; may be repeated')
     arank: bool = flag(False, "rank the layers of a dense run instead (gamma-MoD)")
     streams: int = flag(64, "held-out streams to evaluate on")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.watch and self.arank:
-            raise ValueError("watch must be given alone, got arank too")
 
 
 def newest_run() -> Path:

@@ -698,7 +698,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> VideoLM:
     more = read_json(file).keys() - {f.name for f in fields(Config)}
     if more:  # it was pretrained
         try:
-            from extras.pretrained import load_run
+            from extras.pretrained_model import load_run
         except ImportError as error:
             rule = f"{file} must have the fields of Config alone where extras/ is not there"
             raise ValueError(f"{rule}, got {', '.join(sorted(more))[:60]} too ({error})") from None

@@ -1,11 +1,12 @@
-"""The plan `measured`: the layers whose routing costs least are routed. Beside gamma-MoD's arank.
+"""The plan measured: route the layers whose routing costs the least loss.
 
     python -m extras.measured --init out/dense --keep 0.5 --out out/measured
 
-One layer after the other is routed alone, with the router of the flags as it
-starts, on the 50 samples that the plan arank looks at. The loss that this adds is
-the layer's cost: L + 1 forward passes a sample. As many layers stay dense as with
-arank, those that cost most. Both orders are printed, and their correlation.
+It stands beside gamma-MoD's arank. One layer after the other is routed alone,
+with the router of the flags as it starts, on the 50 samples that arank looks
+at. The loss that this adds is the layer's cost: L + 1 forward passes a sample.
+As many layers stay dense as with arank, those that cost most. Both orders are
+printed, and their correlation.
 
 All flags of train.py are there too.
 """

@@ -18,7 +18,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import train
 from data import QUERY, Batch, Sample, Tokenizer, Turn, World, collate
-from extras.pretrained import PretrainedConfig, build
+from extras.pretrained_config import PretrainedConfig
+from extras.pretrained_model import build
 from mod import placement
 from model import Config, Inputs, VideoLM, initialise, prepare
 

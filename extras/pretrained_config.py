@@ -71,9 +71,9 @@ class PretrainedConfig(Config):
 
     @property
     def usual_flags(self) -> dict[str, float | str]:
-        """The papers' rule, and their learning rate where something pretrained learns"""
+        """The papers' rule, fewer streams to evaluate on, and a rate for what is pretrained"""
         rate = {"adam_lr": 0.0002} if self.llm or self.train_vision or self.lora_rank else {}
-        return {"weigh": "update"} | rate
+        return {"weigh": "update", "streams": 16} | rate
 
     def make_tokenizer(self) -> data.Special:
         if self.llm:

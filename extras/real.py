@@ -1,15 +1,15 @@
-"""Routing in a real pretrained decoder: placements and scorers, before and after fine-tuning.
+"""Placements and scorers in a real pretrained decoder, into out/real.json.
 
-    python -m extras.real FOLDER                  all of it, into out/real.json
-    python -m extras.real FOLDER --vision FOLDER2  with a pretrained encoder too
+    python -m extras.smollm2 && python -m extras.dinov2   get two folders
+    python -m extras.real smollm2 --vision dinov2
 
-1. gates: every layer routed with everything computed, so that only the gate acts
-2. layers: ARank of each, and what routing it alone costs, on four kinds of input
+1. gates: all is computed, so that only the gate acts
+2. layers: ARank, and what routing a layer alone costs, on four kinds of input
 3. sets: 4, 8 and 15 layers routed by several orders, without training
 4. runs: a dense fine-tune by LoRA, then each placement and scorer from there
 
-It may be stopped at any time, and goes on where it stopped. Whoever wants it in the
-background gives it one thread: OMP_NUM_THREADS=1.
+It may be stopped at any time, and goes on where it stopped. In the background
+it is best given one thread: OMP_NUM_THREADS=1.
 """
 
 import hashlib
@@ -139,7 +139,7 @@ def route_all(dense: VideoLM, keep_ratio: float, seed: int = 0, **how: object) -
 
 
 def perplexity(loss: Tensor | float) -> float:
-    return round(math.exp(min(20.0, float(loss))), 3)
+    return round(math.exp(min(100.0, float(loss))), 3)
 
 
 def gate_alone(dense: VideoLM, batches: list[Batch], gate: str, normed: bool) -> dict:
@@ -155,7 +155,7 @@ def gate_alone(dense: VideoLM, batches: list[Batch], gate: str, normed: bool) ->
         "the router scores": "x / rms(x)" if normed else "x",
         "dense": perplexity(before),
         "gate alone": perplexity(after),
-        "of dense": round(math.exp(min(20.0, after - before)), 4),
+        "of dense": round(math.exp(min(100.0, after - before)), 4),
     }
 
 

@@ -30,7 +30,7 @@ import data
 import model as core
 import train
 from eval import on_shapes, read
-from extras import measured, pretrained  # noqa: F401  (the plan measured)
+from extras import pretrained, pretrained_model
 from extras.baselines import VARIANTS
 from extras.cost import flops, muon_matrices, step_flops
 from mod import WEIGHED
@@ -218,8 +218,8 @@ def put_variant(name: str, other: type | Callable) -> None:
         if hasattr(module, name):
             setattr(module, name, other)
     if name == "VideoLM":
-        plain = pretrained.PretrainedLM
-        pretrained.PretrainedLM = type(other.__name__, (other, plain), {})
+        plain = pretrained_model.PretrainedLM
+        pretrained_model.PretrainedLM = type(other.__name__, (other, plain), {})
 
 
 def look(folder: Path, model: VideoLM, step: int) -> None:

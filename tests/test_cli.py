@@ -41,7 +41,6 @@ SMALL = ["--steps", "1", "--batch", "1", "--streams", "1", "--device", "cpu"]
     (train.main, ["--shard"], "unrecognized arguments: --shard"),
     (evaluation.main, ["--window", "4"], "window must be given with watch, got no watch"),
     (evaluation.main, ["--query", "What?"], "query must be given with watch, got no watch"),
-    (evaluation.main, ["--arank", "--watch", "x"], "watch must be given alone, got arank too"),
     (evaluation.main, ["--flops"], "unrecognized arguments: --flops"),
     (evaluation.main, ["--threshold", "2"], "threshold must be at most 1, got 2"),
     (evaluation.main, ["--watch", "x", "--window", "-1"], "window must be at least 0 and below .*, got -1"),
@@ -138,6 +137,8 @@ def test_a_dense_run_is_converted_with_two_commands(tmp_path, capsys, monkeypatc
     assert sorted(config["keep"]) == [0.5, 0.5, 1.0] and config["num_hidden_layers"] == 3
     assert (config["router"], config["gate"], config["masked"]) == ("shared", "unit", "question+answer")
     assert (settings["routing_loss"], settings["plan"]) == (0.01, "arank")
+    assert config["router_norm"]  # the decoder was trained before
+    assert not load(Path("out/dense")).config.router_norm
     printed = capsys.readouterr().out
     evaluation.main(["out/dense", "--arank", "--device", "cpu"])
     shown = capsys.readouterr().out

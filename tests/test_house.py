@@ -20,7 +20,7 @@ SKIP = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokeni
 FILES = [*(ROOT / f"{name}.py" for name in CORE), *sorted((ROOT / "extras").glob("*.py"))]
 ARROWS = {"mod": set(), "video": set(), "data": {"video"}, "model": {"mod"}, "eval": {"mod", "model", "data", "video"},
           "train": {"mod", "model", "data", "eval"}}
-PACKAGES = {"torch", "numpy", "safetensors", "tqdm", "tokenizers"}
+PACKAGES = {"torch", "numpy", "safetensors", "tqdm", "tokenizers", "gguf", "onnx"}
 
 
 def code_tokens(text: str) -> list[tokenize.TokenInfo]:

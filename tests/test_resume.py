@@ -170,7 +170,7 @@ def test_a_run_folder_that_does_not_fit_is_refused_by_name(tmp_path, spoil, comp
 def test_a_run_that_needs_extras_is_refused_in_a_sentence_without_them(tmp_path, monkeypatch):
     save(tmp_path, initialise(VideoLM(Config()), 0))
     change(tmp_path, llm="", lora_rank=0)
-    monkeypatch.setitem(sys.modules, "extras.pretrained", None)
+    monkeypatch.setitem(sys.modules, "extras.pretrained_model", None)
     with pytest.raises(ValueError, match=r"config\.json must have the fields of Config alone .*, got llm, lora_rank"):
         load(tmp_path)
 

@@ -19,7 +19,8 @@ from model import run_main
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "extras" / "fixtures"
 PAGES = ("README.md", "extras/README.md", "results/README.md")
-JOBS = ("pretrained", "distributed", "benchmarks", "worlds", "sweep", "tables", "cost", "speed", "page")
+JOBS = ("pretrained", "distributed", "benchmarks", "worlds", "sweep", "tables", "cost", "speed", "page",
+        "smollm2", "dinov2", "measured", "real")
 PLACES = {"LLAMA": str(FIXTURES / "smollm2"), "SIGLIP": str(FIXTURES / "siglip"), "DIR": "clips",
           "FILE": "page.html", "RUN": "out/own-mod", "NAME": "scene", "[RUN]": ""}
 SCRIPTS = r"(?:train\.py|eval\.py|-m extras\.\w+)"
@@ -67,6 +68,7 @@ def test_every_flag_in_the_readmes_of_extras_exists():
     kinds = (train.TrainConfig, evaluation.EvalConfig, pretrained.PretrainedFlags, sweep.SweepConfig,
              tables.TablesConfig, speed.SpeedConfig, page.PageConfig, real.RealConfig)
     known = {f"--{f.name}" for kind in kinds for f in fields(kind)} | {"--shard", "--nproc_per_node"}
+    known |= {"--local", "--no"}  # hf download --local-dir, pip install --no-deps
     for name in PAGES:
         assert set(re.findall(r"(?<![-!<])--\w+", (ROOT / name).read_text())) <= known
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_pretrained import CONFIG, FIXTURES, INDEX, LLM, SMALL, WEIGHTS, logits, spoil
 
 import model as models
-from extras import pretrained
+from extras import mixed_types, pretrained
 from extras.huggingface import PretrainedTokenizer
 from extras.pretrained import PretrainedLM
 from extras.rope import read_scaling, scale_frequencies
@@ -26,6 +26,7 @@ from mod import Groups
 from model import Cache, rope_frequencies
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+HAS_UNITS = mixed_types.has_units  # each test has another, see conftest.py
 
 
 @pytest.fixture
@@ -166,6 +167,58 @@ def test_each_weight_keeps_the_type_of_its_file_and_they_compute_together(tmp_pa
         assert {key: t.dtype for key, t in again.state_dict().items() if key in types} == types
         difference = logits(again, ids) - logits(adapted.eval(), ids)
         assert difference.norm() < 0.02 * known.norm()
+
+
+def types(weights: dict[str, torch.Tensor]) -> dict[str, torch.dtype]:
+    return {name: t.dtype for name, t in weights.items()}
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama-mixed"])  # one type, and three
+def test_without_units_for_its_type_a_weight_is_computed_in_float32_and_that_is_said_once(
+        tmp_path, monkeypatch, capsys, name):
+    config = pretrained.pretrained(replace(SMALL, lora_rank=2), str(FIXTURES / name), str(FIXTURES / "siglip"), 6)
+    full = pretrained.build(config)
+    held, full = types(full.state_dict()), full.float().eval()
+    models.save(tmp_path, pretrained.build(config))
+    monkeypatch.setattr(mixed_types, "has_units", lambda dtype: False)
+    nets = [pretrained.build(config), models.load(tmp_path)]
+    assert [types(net.state_dict()) for net in nets] == [held] * 2  # so it is merged, or moved to a GPU
+    nets[0].adapt_source(None, tmp_path)  # as before training
+    nets[1].eval()  # as in eval.py
+    ids, _ = expected(FIXTURES / name)
+    for net in nets:
+        assert set(types(net.state_dict()).values()) == {torch.float32}
+        assert torch.equal(logits(net.eval(), ids), logits(full, ids))
+    said = "{0} weights are computed in float32: this CPU has no {0} units\n"
+    narrow = [str(kind).removeprefix("torch.") for kind in {*held.values()} - {torch.float32}]
+    assert sorted(capsys.readouterr().out.splitlines(True)) == sorted(map(said.format, narrow))
+
+
+@pytest.mark.parametrize(("rank", "folders"), [
+    (2, {"llm": str(LLM), "vision": str(FIXTURES / "siglip")}), (0, {"llm": str(LLM)}),
+    (2, {})])  # a frozen decoder that was drawn is saved in bfloat16
+def test_a_run_saves_the_same_types_without_units_and_another_device_computes_in_them(monkeypatch, rank, folders):
+    config = pretrained.pretrained(replace(SMALL, lora_rank=rank), **folders)
+    net, away = (pretrained.learn_in_float32(pretrained.build(config)) for _ in range(2))
+    held, saved = types(net.state_dict()), types(net.learned_state())
+    monkeypatch.setattr(mixed_types, "has_units", lambda dtype: False)
+    assert types(net.eval().learned_state()) == saved
+    assert types(away.to("meta").eval().state_dict()) == held
+
+
+@pytest.mark.parametrize(("there", "supported", "cpu", "fast"), [
+    (True, True, {"avx512_f": True, "avx512_bf16": True}, True), (True, False, {"avx512_f": False}, False),
+    (True, True, {"avx512_f": True, "avx512_bf16": False}, False),  # it emulates them
+    (True, True, {"bf16": True}, True), (True, False, {}, False),  # ARM has no AVX-512
+    (False, True, {}, False)])
+def test_a_cpu_has_units_where_onednn_uses_them(monkeypatch, there, supported, cpu, fast):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    for asked, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        for kind in ("bf16", "fp16"):
+            name, answer = f"_is_mkldnn_{kind}_supported", supported if kind == asked else not supported
+            monkeypatch.setattr(torch.ops.mkldnn, name, lambda answer=answer: answer, raising=False)
+        assert HAS_UNITS(dtype) == fast
 
 
 def test_an_encoder_of_several_types_computes_what_it_does_in_float32(copied):

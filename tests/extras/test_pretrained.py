@@ -18,13 +18,13 @@ import eval as evaluation
 import model as models
 import train
 from data import Clips, Turn
-from extras import distributed, pretrained
+from extras import distributed, pretrained, pretrained_model
 from extras.cost import SIZES
 from extras.encoders import SiglipVision
 from extras.huggingface import PretrainedTokenizer
 from extras.pretrained import PretrainedConfig, PretrainedFlags, PretrainedLM
-from mod import MASKED, Groups
-from model import Config, VideoLM, initialise
+from mod import GATES, MASKED, Groups
+from model import Config, VideoLM, initialise, parse
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DECODERS, ENCODERS = (sorted(p.parent for p in FIXTURES.glob("*/expected.safetensors")
@@ -162,12 +162,13 @@ def test_a_pretrained_pair_is_trained_saved_converted_and_watches_a_video(tmp_pa
     pretrained.main([*few, *pair, "--gate", "unit", "--out", "out/mod"])
     pretrained.main([*few, *pair, "--gate", "unit", "--out", "out/mod", "--resume"])
     with monkeypatch.context() as patch:
-        patch.setattr(pretrained, "scale_vision", print)  # it encodes noise
+        patch.setattr(pretrained_model, "scale_vision", print)  # it encodes noise
         patch.setattr(SiglipVision, "forward", None)  # the clip has been encoded already
         pretrained.main([*few, *pair, "--plan", "arank", *gamma, "--out", "out/gamma"])
     train.main([*few, "--init", "out/dense", "--plan", "arank", *gamma, "--out", "out/both"])
     train.main(["--out", "out/mod", "--resume", "--device", "cpu"])
     assert sorted(models.load(Path("out/gamma")).config.keep) == [0.5, 1.0]
+    assert "arank sees frames through an untrained projector" in capsys.readouterr().out
     pretrained.main(["--merge", "out/mod", "--out", "out/merged"])
     evaluation.main(["out/merged", "--streams", "1", "--device", "cpu"])
     with pytest.raises(ValueError, match="out must be a new folder for the merged run, got 'out/merged'"):
@@ -176,6 +177,32 @@ def test_a_pretrained_pair_is_trained_saved_converted_and_watches_a_video(tmp_pa
     assert "tokens in the cache of each layer" in capsys.readouterr().out
     assert len(list(Path("out/features").glob("*.safetensors"))) == 1
     assert not [file for file in tmp_path.rglob("*") if file.suffix in (".pt", ".pth", ".bin", ".pkl")]
+
+
+@pytest.mark.parametrize("vision", ["", "siglip", "clip"])
+def test_frames_enter_a_trained_decoder_as_large_as_text_and_its_new_routers_hardly_change_it(vision):
+    pytest.importorskip("tokenizers", reason="reads tokenizer.json")
+    folders = ["--llm", str(LLM), *(["--vision", str(FIXTURES / vision)] if vision else [])]
+    cfg, given = parse(PretrainedFlags, [*folders, "--plan", "all", "--out", "none"], "")
+    _, net = pretrained.prepare_run(cfg, given)
+    size = net.config.image_size
+    frames = torch.randint(256, (1, 3, 3, size, size), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    tokens = torch.full((1, 3 * net.config.tokens_per_frame), -1)
+    rms = net.embed(tokens, frames).float().square().mean().sqrt() / net.embed_tokens.weight.float().square().mean().sqrt()
+    assert 0.7 < rms < 1.4
+    assert net.config.router_norm and all(router.normed for router in net.routers.values())
+    large = 1000 * torch.randn(99, net.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    for router in net.routers.values():
+        assert (GATES["unit"](router(large)) - 1).abs().max() < 0.3
+
+
+@pytest.mark.parametrize(("gate", "plan", "warns"), [("sigmoid", "all", True), ("linear", "all", True), ("unit", "all", False),
+                                                     ("sigmoid", "dense", False)])
+def test_a_gate_that_ruins_a_trained_decoder_is_named(capsys, gate, plan, warns):
+    pytest.importorskip("tokenizers", reason="reads tokenizer.json")
+    cfg, given = parse(PretrainedFlags, ["--llm", str(LLM), "--gate", gate, "--plan", plan, "--out", "none"], "")
+    pretrained.prepare_run(cfg, given)
+    assert (f"gate {gate} ruins a trained decoder" in capsys.readouterr().out) == warns
 
 
 OLD = {"new_tokens": 0, "rope_scaling": [], "sliding_window": 0, "attention_bias": False, "output_bias": False,
@@ -190,7 +217,7 @@ def test_a_run_of_an_earlier_version_is_the_same_model(tmp_path):
     models.save(tmp_path, net)
     (tmp_path / CONFIG).write_text(json.dumps(asdict(config) | OLD))
     again = models.load(tmp_path)
-    assert isinstance(again, PretrainedLM) and again.config.usual_flags == {"weigh": "update"}
+    assert isinstance(again, PretrainedLM) and again.config.usual_flags == {"weigh": "update", "streams": 16}
     samples = data.World(48).held_out(2)
     a, b = (evaluation.hear(m, data.tokenizer_for(m.config), samples)[1].hidden for m in (net, again))
     assert torch.equal(a, b) and not any(again.uses_muon(n, p) != net.uses_muon(n, p) for n, p in net.named_parameters())
@@ -216,7 +243,7 @@ def test_new_tokens_of_a_run_of_an_earlier_version_are_found(tmp_path):
     net = pretrained.build(config, seed=1)
     models.save(tmp_path, net)
     held = load_file(tmp_path / WEIGHTS)
-    old = {new: name for name, new in pretrained.RENAMED.items()}
+    old = {new: name for name, new in pretrained_model.RENAMED.items()}
     save_file({old.get(name, name): t for name, t in held.items()}, tmp_path / WEIGHTS)
     again = models.load(tmp_path)
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in net.state_dict().items())
@@ -280,7 +307,7 @@ def test_each_clip_is_encoded_once_and_read_from_its_file_afterwards(tmp_path):
 
 def test_the_sizes_of_the_papers_are_those_of_their_models():
     for name, billions in (("llama3-8b", 8.03), ("vicuna-7b", 6.74)):
-        net = pretrained.skeleton(replace(plain(SIZES[name]), lora_rank=128))
+        net = pretrained_model.skeleton(replace(plain(SIZES[name]), lora_rank=128))
         size = sum(p.numel() for n, p in net.named_parameters()
                    if not n.startswith(("vision", "multi")) and "lora_" not in n)
         assert size / 1e9 == pytest.approx(billions, abs=0.01)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import data
-from extras import pretrained, real, sweep
+from extras import pretrained_model, real, sweep
 from model import load
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -38,7 +38,7 @@ def here(tmp_path, monkeypatch):
              "ADAPT": "--task narration --batch 1 --steps 1 --streams 2 --adam_lr 0.001"}
     for name, value in small.items():
         monkeypatch.setattr(real, name, value)
-    monkeypatch.setattr(pretrained, "PretrainedLM", pretrained.PretrainedLM)
+    monkeypatch.setattr(pretrained_model, "PretrainedLM", pretrained_model.PretrainedLM)
     monkeypatch.setattr(sweep.core, "VideoLM", sweep.core.VideoLM)
     monkeypatch.setattr(sweep.train, "VideoLM", sweep.train.VideoLM)
     monkeypatch.setattr(subprocess, "Popen", Child)

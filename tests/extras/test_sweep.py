@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 
 import train
-from extras import pretrained, sweep, tables
+from extras import pretrained, pretrained_model, sweep, tables
 from extras.baselines import VARIANTS
 from mod import PLACEMENTS
 from model import parse
@@ -152,14 +152,14 @@ def test_a_word_of_a_row_puts_its_variant_in_the_place_of_what_train_uses(word, 
     for module in (train, sweep.core):  # so that they are as before when the test ends
         if hasattr(module, name):
             monkeypatch.setattr(module, name, getattr(module, name))
-    monkeypatch.setattr(pretrained, "PretrainedLM", pretrained.PretrainedLM)
+    monkeypatch.setattr(pretrained_model, "PretrainedLM", pretrained_model.PretrainedLM)
     began = []
     monkeypatch.setattr(train, "main", began.append)
     sweep.train_row(command[4:])
     assert getattr(train, name) is VARIANTS[word][1] and began == [command[5:]]
     assert hasattr(sweep.core, "rank_placement") is False
     if name == "VideoLM":  # models of folders too
-        assert issubclass(pretrained.PretrainedLM, VARIANTS[word][1])
+        assert issubclass(pretrained_model.PretrainedLM, VARIANTS[word][1])
 
 
 def test_the_worst_placement_keeps_the_lowest_ranks_dense():
