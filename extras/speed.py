@@ -357,14 +357,15 @@ def preload(watcher: Watcher, frames: int) -> None:
     tokens = config.tokens_per_frame + 1
     id = torch.arange(frames).repeat_interleave(tokens)
     id[tokens - 1 :: tokens] = -1  # <frame>
+    id[0] = -1  # the first token never skips
     groups = Groups.plan(id.expand(len(watcher.seed), -1), config.keep)
     cache.advance(groups.to(cache.seen.device))
-    watcher.next_group = frames
+    watcher.next_group, watcher.begins = frames, False
     for layer, r in zip(cache.layers, config.keep, strict=True):
         rows = len(id) if r == 1 else groups.max_kept[r]
         layer.reserve(rows)
         layer.kv.normal_()
-        layer.position[:, :rows] = torch.arange(rows, device=layer.position.device)
+        layer.position[:, :rows] = torch.arange(rows)
         layer.length = rows
 
 

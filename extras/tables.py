@@ -41,6 +41,7 @@ COSTS = (
     ("FLOPs of dense", "flops_of_dense", "{:.1%}"),
     ("of a dense step", "step_flops", "{:.1%}"),
     ("steps to 95 %", "steps_to_95", "{:.0f}"),
+    ("before fine-tuning", "reply_accuracy_before", "{:.1%}"),
 )
 SKIPPED = [key for _, key, _ in evaluation.METRICS].index("skipped")  # scores stand before it
 METRICS = (  # an indented title is in no table
@@ -69,15 +70,20 @@ def render(text: str, folder: Path) -> str:
 
 
 def table(rows: list[dict] | dict, names: Sequence[str] = (), keys: Sequence[str] = ()) -> str:
-    """A results file as Markdown: of runs, of checks, or of a profile.
+    """A results file as Markdown: of runs, of checks, of a profile, or of extras/real.py.
 
     rows: what the file holds
-    names: of runs, in this order; none: all. Of a profile "stream": what a further frame takes.
+    names: of runs, in this order; none: all. Of a profile "stream": what a further frame takes. Of
+        extras/real.py "gates", "layers" or "sets": that part; else its runs.
     keys: of the columns of a table of runs, in this order; none: all that are known
     """
     if isinstance(rows, dict) and "checks" in rows:
         found = [[name, check["found"]] for name, check in rows["checks"].items()]
         return markdown_table([["check", "found"], *found])
+    if isinstance(rows, dict) and "runs" in rows:
+        if names and names[0] in PARTS:
+            return flat_table(PARTS[names[0]](rows[names[0]]))
+        rows = list(rows["runs"].values())
     if isinstance(rows, dict):
         return stream_table(rows["rows"]) if "stream" in names else speed_table(rows["rows"])
     return run_table(by_run(rows), names, keys)
@@ -220,6 +226,48 @@ def stream_table(rows: list[dict]) -> str:
     lines = [["tokens a frame", "tokens before", *[f"{n} streams" for n in streams]]]
     for (tokens, before), line in sorted(saved.items()):
         lines.append([str(tokens), f"{before:,}", *[line.get(n, "-") for n in streams]])
+    return markdown_table(lines)
+
+
+# --- the parts of extras/real.py ------------------------------------------------------------------
+
+
+def gate_rows(gates: dict[str, dict]) -> list[dict]:
+    """A row for each gate, and for each input of the router"""
+    return list(gates.values())
+
+
+def layer_rows(layers: dict[str, dict]) -> list[dict]:
+    """A row for each kind of input and keep ratio: does ARank know what a layer costs?"""
+    rows = []
+    for kind, found in layers.items():
+        for keep, (rho, low, high) in found["correlation"].items():
+            cost = found["cost"][keep]
+            dearest = sorted(range(len(cost)), key=lambda layer: -cost[layer])[:4]
+            rows.append(
+                {
+                    "input": kind,
+                    "keep": keep,
+                    "correlation of ARank and cost": f"{rho:.2f} ({low:.2f} to {high:.2f})",
+                    "layers that cost most": ", ".join(map(str, dearest)),
+                }
+            )
+    return rows
+
+
+def set_rows(sets: dict[str, list[dict]]) -> list[dict]:
+    """A row for each kind of input, keep ratio and number of routed layers"""
+    return [{"input": name.split(",")[0], **row} for name, rows in sets.items() for row in rows]
+
+
+PARTS = {"gates": gate_rows, "layers": layer_rows, "sets": set_rows}
+
+
+def flat_table(rows: list[dict]) -> str:
+    """Rows with the same keys as Markdown"""
+    lines = [list(rows[0])]
+    for row in rows:
+        lines.append([v if isinstance(v, str) else f"{v:,.4g}" for v in row.values()])
     return markdown_table(lines)
 
 
