@@ -147,7 +147,7 @@ def preprocessor_of(size: int) -> dict:
 @dataclass(frozen=True)
 class FolderConfig:
     folder: str = flag("dinov2", "the new folder in CLIP's format", positional=True)
-    size: int = flag(126, "pixels of a frame's side, a multiple of 14")
+    size: int = flag(84, "pixels of a frame's side, a multiple of 14")
 
     def __post_init__(self) -> None:
         if self.size not in range(PATCH, SIDE * PATCH + 1, PATCH):
