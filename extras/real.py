@@ -49,7 +49,7 @@ from train import provenance
 LENGTH = 128  # tokens of a text
 SIZES = (4, 8, 15)  # of sets of routed layers
 RATIOS = (0.2, 0.5)
-ADAPT = "--task narration --batch 2 --steps 300 --save_every 100 --adam_lr 0.001"
+ADAPT = "--task narration --batch 2 --steps 300 --save_every 150 --streams 32 --adam_lr 0.001"
 FIRST = "--plan dense --pool 3 --lora_rank 16 --lora_alpha 32 --lora_dropout 0"
 ROWS = """
     converted            --plan dense
