@@ -35,12 +35,13 @@ def here(tmp_path, monkeypatch):
     pytest.importorskip("tokenizers", reason="reads tokenizer.json")
     monkeypatch.chdir(tmp_path)
     small = {"SAMPLES": 2, "LENGTH": 16, "SIZES": (1,), "ROWS": ROWS,
-             "ADAPT": "--task narration --batch 1 --steps 1 --streams 2 --adam_lr 0.001"}
+             "ADAPT": "--task narration --batch 1 --steps 1 --streams 6 --adam_lr 0.001"}
     for name, value in small.items():
         monkeypatch.setattr(real, name, value)
     monkeypatch.setattr(pretrained_model, "PretrainedLM", pretrained_model.PretrainedLM)
     monkeypatch.setattr(sweep.core, "VideoLM", sweep.core.VideoLM)
     monkeypatch.setattr(sweep.train, "VideoLM", sweep.train.VideoLM)
+    monkeypatch.setattr(data.World, "frames", 2)
     monkeypatch.setattr(subprocess, "Popen", Child)
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess([], 0, "", ""))
     (tmp_path / "decoder").symlink_to(FIXTURES / "smollm2")
