@@ -407,9 +407,12 @@ def free_run(
 
 
 def longest_reply(tokenizer: Tokenizer, samples: list[Sample]) -> int:
-    """How many tokens a right reply may need, so that no model talks on and on"""
+    """Tokens after which a reply is ended, so that no model talks on and on
+
+    One more than the longest true reply has: cut there, a longer reply does not become a true one.
+    """
     texts = [turn.text for s in samples for turn in s.turns if turn.role == "assistant"]
-    return max([len(tokenizer.encode(text)) for text in texts], default=0)
+    return max([len(tokenizer.encode(text)) for text in texts], default=0) + 1
 
 
 def watch_all(watcher: Watcher, samples: list[Sample]) -> list[list[Turn]]:

@@ -71,7 +71,7 @@ def test_free_running_is_scored_on_exactly_what_the_model_heard(monkeypatch, ope
     assert [r.spoke for r in evaluation.read(model, TOKENIZER, own, 0.0)] == decided
     said = [turn for s in own for turn in s.turns if turn.role == "assistant"]
     longest = max(len(TOKENIZER.encode(text)) for s in samples for text in replies(s).values())
-    assert max(len(turn.said) for turn in said) == longest  # no reply is longer than a right one may be
+    assert max(len(turn.said) for turn in said) == longest + 1  # it ends there, and is no right one
     assert all(turn.text == TOKENIZER.decode(turn.said) for turn in said)
 
 
@@ -211,6 +211,16 @@ def test_a_frame_is_cls_and_the_grid_of_mean_patches_row_by_row():
     assert hidden.mean(1).abs().max() < 1e-9  # from scratch: after the final norm
     grid = hidden[1:].unflatten(0, (2, 2, 2, 2)).mean((1, 3)).flatten(0, 1)  # 4 x 4 patches in fours
     torch.testing.assert_close(vision(pixels)[0], torch.cat([hidden[:1], grid]), rtol=0, atol=1e-12)
+
+
+def test_an_answer_that_goes_on_after_the_true_one_is_wrong(monkeypatch):
+    model, world = initialise(VideoLM(Config(vocab_size=len(TOKENIZER))), 0), data.VQA(48)
+    samples = world.held_out(3)
+    true = [TOKENIZER.encode(sample.turns[-1].text) for sample in samples]
+    for after, accuracy in ((TOKENIZER.end, 1), (TOKENIZER.encode(" red")[0], 0)):
+        said = iter(zip(*([*ids, *[after] * 9] for ids in true), strict=False))
+        monkeypatch.setattr(Watcher, "choose", lambda self, logits, said=said: torch.tensor(next(said)))
+        assert evaluation.evaluate_answers(model, TOKENIZER, samples, world)[0]["free_running"]["accuracy"] == accuracy
 
 
 @pytest.mark.parametrize("keep", [(0.5, 1.0, 0.2), (1.0,) * 3])
