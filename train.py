@@ -176,8 +176,8 @@ def route(cfg: TrainConfig, sizes: Config, dense: VideoLM | None = None) -> Conf
         keep = MEASURED[cfg.plan](cfg, dense)
     else:
         keep = placement(cfg.plan, sizes.num_hidden_layers, cfg.keep)
-    # New routers of a trained decoder are normed; those of a routed run stay as they are.
-    norm = sizes.router_norm or bool(cfg.init and min(sizes.keep) == 1)
+    # The first routers of a trained decoder are normed; those that a run has stay as they are.
+    norm = sizes.router_norm or bool(cfg.init and not dense.routers)
     sizes = replace(sizes, keep=keep, router=cfg.router, router_norm=norm)
     return replace(sizes, gate=cfg.gate, weigh=cfg.weigh, masked=cfg.masked)
 

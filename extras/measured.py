@@ -67,12 +67,14 @@ def layer_costs(model: VideoLM, batches: list[Batch], keep_ratio: float) -> Tens
 
 def keep_by_cost(cfg: TrainConfig, dense: VideoLM) -> tuple[float, ...]:
     """The placement of the plan measured: the layers that cost most stay dense."""
-    config, source = route(replace(cfg, plan="all"), dense.config), open_source(cfg, dense)
+    source = open_source(cfg, dense)
+    ranks = rank_layers(dense, source, SAMPLES)
+    config = route(replace(cfg, plan="all"), dense.config, dense)
     routed = dense.rerouted(config, cfg.seed).to(dense.norm.weight.device).eval()
     tokenizer = data.tokenizer_for(config)
     batches = [collate([s], config, tokenizer) for s in source.batch(0, 0, SAMPLES)]
     costs = layer_costs(routed, batches, cfg.keep).mean(0).tolist()
-    print_orders(rank_layers(dense, source, SAMPLES), costs, cfg.keep)
+    print_orders(ranks, costs, cfg.keep)
     return rank_placement(costs, cfg.keep, cfg.dense_layers)
 
 

@@ -95,6 +95,16 @@ def test_an_answer_given_token_by_token_is_that_of_one_pass_over_the_same_groups
         assert watcher.computed()[b].tolist() == counts
 
 
+@pytest.mark.parametrize(("plan", "router", "normed"), [
+    ("dense", "learned", True), ("layer-skip", "learned", True), ("interleaved", "uniform", True),
+    ("interleaved", "learned", False), ("interleaved", "shared", False)])
+def test_the_first_routers_of_a_trained_decoder_are_normed_and_those_that_it_has_stay(plan, router, normed):
+    donor = train.build(train.TrainConfig(plan=plan, router=router))
+    assert not donor.config.router_norm
+    converted = train.route(train.TrainConfig(init="run"), donor.config, donor)
+    assert converted.router_norm == normed and converted.router == "learned"
+
+
 def test_each_flag_of_routing_changes_what_is_computed():
     flags = [{}, {"plan": "all"}, {"plan": "all", "router": "shared"}, {"plan": "dense"}, {"keep": 0.5}, {"router": "random"},
              {"router": "uniform"}, {"gate": "linear"}, {"gate": "sigmoid"},
