@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data import Sample, Tokenizer
-from eval import Watcher
+from eval import Watcher, longest_reply
 from model import VideoLM
 
 
@@ -160,7 +160,7 @@ class Sampler(Watcher):
         tokenizer: Tokenizer,
         seed: Tensor,
         generator: torch.Generator,
-        limit: int = 512,
+        limit: int,
     ) -> None:
         super().__init__(model, tokenizer, seed, limit=limit)
         self.generator = generator
@@ -177,10 +177,9 @@ def draw_candidates(
     samples: list[Sample],
     said: list[str],
     drawn: int = 4,
-    limit: int = 512,
 ) -> list[list[str]]:
     """The greedy answer to each sample and some drawn ones, the same in each run"""
-    candidates = [[answer] for answer in said]
+    candidates, limit = [[answer] for answer in said], longest_reply(tokenizer, samples)
     generator = torch.Generator().manual_seed(0)
     for first in range(0, len(samples), 8):
         asked = [sample for sample in samples[first : first + 8] for _ in range(drawn)]

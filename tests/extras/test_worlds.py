@@ -10,7 +10,7 @@ from test_data import painted
 
 import data
 from data import Tokenizer, Turn
-from eval import Watcher
+from eval import Watcher, longest_reply
 from extras import worlds
 from extras.scores import draw_candidates, numbered
 from extras.worlds import RECIPES, TASKS, Forecast, Scene, Summary
@@ -68,12 +68,14 @@ def test_a_batch_of_each_world_is_a_pure_function_of_seed_step_and_rank():
 def test_of_five_candidates_the_first_is_greedy_and_the_others_are_drawn_alike_in_each_run():
     model, samples, tokenizer = tiny(), Forecast(48, frames=2).held_out(10), Tokenizer()
     greedy = [f"answer {number}" for number in range(10)]
-    once, again = [draw_candidates(model, tokenizer, samples, greedy, limit=6) for _ in range(2)]
+    once, again = [draw_candidates(model, tokenizer, samples, greedy) for _ in range(2)]
     assert once == again and [answers[0] for answers in once] == greedy
     assert {len(answers) for answers in once} == {5}
     drawn = [answer for answers in once for answer in answers[1:]]
     assert len(set(drawn)) > 30  # of 40
-    said = Watcher(model, tokenizer, torch.zeros(10).long(), limit=6).ask(samples)
+    limit = longest_reply(tokenizer, samples)
+    assert max(len(tokenizer.encode(answer)) for answer in drawn) <= limit < 40  # as of the greedy ones
+    said = Watcher(model, tokenizer, torch.zeros(10).long(), limit=limit).ask(samples)
     assert not set(drawn) & set(said)
 
 
