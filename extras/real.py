@@ -38,6 +38,7 @@ from model import (
     layer_ranks,
     load,
     parse,
+    pick_device,
     prepare,
     read_json,
     read_weights,
@@ -235,22 +236,26 @@ class Runs(Sweep):
 
     def train_seed(self, seed: int) -> None:
         """A seed whose rows are all in the report is done, also without its folders."""
-        names = {f"{row[0]}-seed{seed}" for row in self.rows}
-        if not names <= self.report.values.get("runs", {}).keys():
+        names = [f"{row[0]}-seed{seed}" for row in self.rows]
+        if not set(names) <= self.report.values.get("runs", {}).keys():
             super().train_seed(seed)
+            for name in names:  # a run may have finished when nobody was there to report it
+                self.report_run(self.folder / name)
 
     def train_run(self, run: Path, command: list[str]) -> None:
         super().train_run(run, command)
+        self.report_run(run)
+
+    def report_run(self, run: Path) -> None:
         if (run / "eval.json").exists():
             self.report.piece("runs", run.name, partial(row_of, run))
 
     def train_dense(self) -> VideoLM:
         """The dense run of seed 0, trained if it is not there"""
-        self.check_flags()
-        run, (_, *flags) = self.folder / "dense-seed0", self.rows[0]
-        if not (run / "eval.json").exists():
-            self.train_run(run, self.command(run, flags, 0))
-        return load(run, self.device or "cpu").eval()
+        Sweep(self.name, self.rows[:1], 1, self.flags, self.device).train(1)
+        run = self.folder / "dense-seed0"
+        self.report_run(run)
+        return load(run, pick_device(self.device)).eval()
 
 
 # --- command line ---------------------------------------------------------------------------------

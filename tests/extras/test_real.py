@@ -1,8 +1,10 @@
 """The experiment on a real decoder: what is measured is what is said, and what is done is not done again."""
 
 import json
+import signal
 import subprocess
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -23,11 +25,15 @@ class Child:
     def __init__(self, command: list[str], **how) -> None:
         sweep.main(command[3:])
 
+    ends: ClassVar[list] = []  # how a signal to end is answered while it runs
+    stopped: ClassVar[list] = []
+
     def wait(self) -> int:
+        self.ends.append(signal.getsignal(signal.SIGTERM))
         return 0
 
     def terminate(self) -> None:
-        pass
+        self.stopped.append(self)
 
 
 @pytest.fixture
@@ -45,6 +51,8 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", Child)
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess([], 0, "", ""))
     (tmp_path / "decoder").symlink_to(FIXTURES / "smollm2")
+    Child.ends.clear()
+    Child.stopped.clear()
 
 
 def test_the_experiment_is_done_piece_by_piece_and_goes_on_where_it_was_cut_off(here, monkeypatch, capsys):
@@ -61,6 +69,7 @@ def test_the_experiment_is_done_piece_by_piece_and_goes_on_where_it_was_cut_off(
         real.main(argv)
     before = json.loads(Path("out/real.json").read_text())
     assert before.keys() == {"about", "gates", "runs", "layers", "sets"} and [*before["runs"]] == ["dense-seed0"]
+    assert Child.ends == [sweep.leave] and len(Child.stopped) == 1  # its run does not outlive it
     capsys.readouterr()
     real.main(argv)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("gates:", "layers:", "sets:", "runs:"))]
@@ -78,6 +87,20 @@ def test_the_experiment_is_done_piece_by_piece_and_goes_on_where_it_was_cut_off(
     Path("decoder").symlink_to(FIXTURES / "qwen2")
     with pytest.raises(ValueError, match=r"the folders must be of the weights that .* began with"):
         real.main(argv)
+
+
+@pytest.mark.parametrize("lost", ["dense-seed0", "converted-seed0", "amod-seed0"])
+def test_a_run_that_finished_when_nobody_was_there_to_report_it_is_reported(here, monkeypatch, lost):
+    monkeypatch.setattr(real, "row_of", lambda run: run.name)
+    report = real.Report(Path("real.json"), {"weights": {}})
+    runs = real.Runs(real.RealConfig(llm="decoder", device="cpu"), report)
+    names = ["dense-seed0", "converted-seed0", "amod-seed0"]
+    for name in names:
+        (runs.folder / name).mkdir(parents=True)
+        (runs.folder / name / "eval.json").write_text("{}")
+    report.values["runs"] = {name: name for name in names if name != lost}
+    runs.train_seed(0)
+    assert report.values["runs"] == {name: name for name in names} and not Child.ends
 
 
 def test_the_texts_skip_in_their_middle_and_are_judged_by_their_last_quarter(monkeypatch):
