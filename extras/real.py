@@ -34,6 +34,7 @@ from extras.sweep import Sweep, row_of
 from mod import GATES
 from model import (
     VideoLM,
+    check_fields,
     flag,
     layer_ranks,
     load,
@@ -45,7 +46,7 @@ from model import (
     run_main,
     write_json,
 )
-from train import provenance
+from train import alone, provenance
 
 LENGTH = 128  # tokens of a text
 SIZES = (4, 8, 15)  # of sets of routed layers
@@ -72,10 +73,10 @@ class Report:
     def __init__(self, file: Path, about: dict) -> None:
         self.file, self.lock = file, threading.Lock()
         self.values = read_json(file) if file.exists() else {"about": about}
-        began = self.values["about"]["weights"]
-        if began != about["weights"]:
-            rule = f"of the weights that {file} began with"
-            raise ValueError(f"the folders must be {rule}, got {about['weights']}, not {began}")
+        for name in ("weights", "texts"):
+            began, now = self.values["about"][name], about[name]
+            if now != began:
+                raise ValueError(f"{name} must be those that {file} began with, {began}, got {now}")
 
     def piece(self, section: str, name: str, make: Callable[[], object]) -> object:
         """What a section holds under a name; it is made if it is not there yet."""
@@ -269,6 +270,9 @@ class RealConfig:
     jobs: int = flag(1, "runs at once, which share the cores")
     device: str = flag("", "cpu or cuda (default: cuda where there is one)")
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 def folders(cfg: RealConfig) -> list[str]:
     """The flags of extras/pretrained.py that name the folders"""
@@ -284,7 +288,7 @@ def hash_of(folder: str) -> str:
     for file in files:
         for name, t in sorted(read_weights(file)[0].items()):
             digest.update(name.encode())
-            digest.update(t.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(t.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -304,7 +308,8 @@ def describe(cfg: RealConfig) -> dict:
 def without_training(cfg: RealConfig, report: Report, runs: Runs) -> None:
     """Parts 1 to 3. The dense run of seed 0 is trained for the streams."""
     flags, given = parse(pretrained.PretrainedFlags, [*folders(cfg), *FIRST.split()], "")
-    dense = pretrained.prepare_run(replace(flags, out="out/real"), given)[1].eval()
+    dense = pretrained.prepare_run(replace(flags, out="out/real"), given)[1]
+    dense = dense.to(pick_device(cfg.device)).eval()
     tokenizer = data.tokenizer_for(dense.config)
     texts = text_batches(tokenizer, prose(), every=True)[:SAMPLES]
     for gate in GATES:
@@ -329,11 +334,13 @@ def without_training(cfg: RealConfig, report: Report, runs: Runs) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cfg, _ = parse(RealConfig, argv, __doc__)
-    Path("out").mkdir(exist_ok=True)
-    report = Report(Path("out/real.json"), describe(cfg))
-    runs = Runs(cfg, report)
-    without_training(cfg, report, runs)
-    runs.train(cfg.seeds)
+    about, folder = describe(cfg), Path("out/real")
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):  # another process would write over what this one reports
+        report = Report(Path("out/real.json"), about)
+        runs = Runs(cfg, report)
+        without_training(cfg, report, runs)
+        runs.train(cfg.seeds)
     print(f"written to {report.file}")
 
 

@@ -8,8 +8,10 @@ from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import data
+import train
 from extras import pretrained_model, real, sweep
 from model import load
 
@@ -85,14 +87,34 @@ def test_the_experiment_is_done_piece_by_piece_and_goes_on_where_it_was_cut_off(
     assert load(Path("out/real/amod-seed0")).config.router_norm
     Path("decoder").unlink()
     Path("decoder").symlink_to(FIXTURES / "qwen2")
-    with pytest.raises(ValueError, match=r"the folders must be of the weights that .* began with"):
+    with pytest.raises(ValueError, match=r"weights must be those that out/real\.json began with, .*, got "):
         real.main(argv)
+
+
+def test_the_experiment_is_refused_beside_another_and_with_other_texts_and_with_no_jobs(here, monkeypatch):
+    about = real.describe(real.RealConfig(llm="decoder"))
+    Path("out/real").mkdir(parents=True)
+    with train.alone(Path("out/real")), pytest.raises(ValueError, match="in which nobody else trains, got out/real"):
+        real.main(["decoder"])
+    Path("out/real.json").write_text(json.dumps({"about": about | {"texts": {"prose": "", "code": ""}}}))
+    with pytest.raises(ValueError, match=r"texts must be those that out/real\.json began with"):
+        real.main(["decoder"])
+    with pytest.raises(ValueError, match="jobs must be "):
+        real.main(["decoder", "--jobs", "0"])
+
+
+def test_weights_of_no_dimension_are_hashed_too(tmp_path):
+    hashes = []
+    for scale in (1.0, 1.0, 2.0):
+        save_file({"logit_scale": torch.tensor(scale), "table": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+        hashes.append(real.hash_of(str(tmp_path)))
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 @pytest.mark.parametrize("lost", ["dense-seed0", "converted-seed0", "amod-seed0"])
 def test_a_run_that_finished_when_nobody_was_there_to_report_it_is_reported(here, monkeypatch, lost):
     monkeypatch.setattr(real, "row_of", lambda run: run.name)
-    report = real.Report(Path("real.json"), {"weights": {}})
+    report = real.Report(Path("real.json"), {"weights": {}, "texts": {}})
     runs = real.Runs(real.RealConfig(llm="decoder", device="cpu"), report)
     names = ["dense-seed0", "converted-seed0", "amod-seed0"]
     for name in names:
