@@ -80,9 +80,9 @@ def table(rows: list[dict] | dict, names: Sequence[str] = (), keys: Sequence[str
     if isinstance(rows, dict) and "checks" in rows:
         found = [[name, check["found"]] for name, check in rows["checks"].items()]
         return markdown_table([["check", "found"], *found])
+    if names and names[0] in PARTS:
+        return flat_table(PARTS[names[0]](rows[names[0]]))
     if isinstance(rows, dict) and "runs" in rows:
-        if names and names[0] in PARTS:
-            return flat_table(PARTS[names[0]](rows[names[0]]))
         rows = list(rows["runs"].values())
     if isinstance(rows, dict):
         return stream_table(rows["rows"]) if "stream" in names else speed_table(rows["rows"])
@@ -267,8 +267,13 @@ def flat_table(rows: list[dict]) -> str:
     """Rows with the same keys as Markdown"""
     lines = [list(rows[0])]
     for row in rows:
-        lines.append([v if isinstance(v, str) else f"{v:,.4g}" for v in row.values()])
+        lines.append([v if isinstance(v, str) else four_digits(v) for v in row.values()])
     return markdown_table(lines)
+
+
+def four_digits(value: float) -> str:
+    """At least four digits of a number; a power of ten only from 10^6 on"""
+    return f"{value:,.0f}" if 1000 <= value < 10**6 else f"{value:.4g}"
 
 
 # --- two rows beside each other -------------------------------------------------------------------

@@ -190,3 +190,16 @@ def test_the_tables_and_the_chart_of_the_repository_are_renewed_in_place(tmp_pat
     for file in (tmp_path / "README.md", tmp_path / "results" / "README.md"):
         assert f"| `dense` | {cell} |" in file.read_text()
     assert (tmp_path / "assets" / "router.svg").read_text() == (ROOT / "assets" / "router.svg").read_text()
+
+
+def test_each_part_of_the_experiment_on_a_real_decoder_is_a_table_before_its_runs_are_there():
+    found = {
+        "gates": {"unit, x": {"gate": "unit", "dense": 22.1234, "gate alone": 12345.6, "of dense": 2.71e9}},
+        "layers": {"prose": {"arank": [3, 1, 2], "cost": {"0.2": [0.1, 0.4, 0.2], "0.5": [3, 2, 1]},
+                             "correlation": {"0.2": [0.5, -0.25, 0.9], "0.5": [1, 1, 1]}}},
+        "sets": {"streams, keep 0.5": [{"layers": 4, "keep": 0.5, "dense": 20.0}, {"layers": 8, "keep": 0.5, "dense": 999.94}]},
+    }
+    assert tables.table(found, ["gates"]).split("\n")[2:] == ["| unit | 22.12 | 12,346 | 2.71e+09 |"]
+    assert tables.table(found, ["layers"]).split("\n")[2:] == [
+        "| prose | 0.2 | 0.50 (-0.25 to 0.90) | 1, 2, 0 |", "| prose | 0.5 | 1.00 (1.00 to 1.00) | 0, 1, 2 |"]
+    assert tables.table(found, ["sets"]).split("\n")[2:] == ["| streams | 4 | 0.5 | 20 |", "| streams | 8 | 0.5 | 999.9 |"]
