@@ -216,19 +216,20 @@ def gather_evidence(
         scored = read(model, tokenizer, told, threshold)
     for (i, frame, decided), reading in zip(turns, scored, strict=True):
         later = [] if any(decided) else next(waited).spoke[frame + 1 :]
-        known = reading.nll[frame], reading.right[frame]
-        evidence[i].append(Evidence(decided, later, *known))
+        evidence[i].append(Evidence(decided, later, reading.nll[frame], reading.right[frame]))
     return evidence, [reading.spoke for reading in readings]
 
 
 def evaluate(
     model: VideoLM, tokenizer: Tokenizer, truth: list[Sample], fps: float, threshold: float = 0.0
 ) -> tuple[dict, list[Sample]]:
-    """Score streams, true replies in the context or its own -> the results, and what it said"""
-    own = []
-    for sample, said in zip(truth, free_run(model, tokenizer, truth, threshold), strict=True):
-        asked = [turn for turn in sample.turns if turn.role != "assistant"]
-        own.append(sample._replace(turns=asked + said))
+    """Score streams, true replies in the context or its own -> the results, and what it said
+
+    What comes after the last frame is left out.
+    """
+    truth = [cut(s, len(s.frames), len(s.frames)) for s in truth]
+    said = free_run(model, tokenizer, truth, threshold)
+    own = [cut(s, 0, len(s.frames), *turns) for s, turns in zip(truth, said, strict=True)]
     result = {"streams": len(truth), "threshold": threshold}
     for name, heard in {"teacher_forced": truth, "free_running": own}.items():
         evidence, spoke = gather_evidence(model, tokenizer, truth, heard, threshold)
@@ -412,7 +413,7 @@ def longest_reply(tokenizer: Tokenizer, samples: list[Sample]) -> int:
     One more than the longest true reply has: cut there, a longer reply does not become a true one.
     """
     texts = [turn.text for s in samples for turn in s.turns if turn.role == "assistant"]
-    return max([len(tokenizer.encode(text)) for text in texts], default=0) + 1
+    return max(map(len, map(tokenizer.encode, texts)), default=0) + 1
 
 
 def watch_all(watcher: Watcher, samples: list[Sample]) -> list[list[Turn]]:
@@ -671,9 +672,8 @@ def report(
         differs = f"   <- {true:.100}" if mine != true else ""
         print(printable(f"  {about:.100}{mine:.100}{differs}"))
     write_json(folder / "eval.json", result)
-    drawing = folder / "routing.png"
-    draw_routing(model, tokenizer, samples[0], source.pixels(samples[0]), drawing)
-    print(f"the routing of the first is drawn in {drawing}")
+    draw_routing(model, tokenizer, samples[0], source.pixels(samples[0]), folder / "routing.png")
+    print(f"the routing of the first is drawn in {folder}/routing.png")
 
 
 def print_results(result: dict) -> None:

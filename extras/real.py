@@ -73,7 +73,7 @@ class Report:
     def __init__(self, file: Path, about: dict) -> None:
         self.file, self.lock = file, threading.Lock()
         self.values = read_json(file) if file.exists() else {"about": about}
-        for name in ("weights", "texts"):
+        for name in ("weights", "texts", "settings"):
             began, now = self.values["about"][name], about[name]
             if now != began:
                 raise ValueError(f"{name} must be those that {file} began with, {began}, got {now}")
@@ -141,7 +141,7 @@ def route_all(dense: VideoLM, keep_ratio: float, seed: int = 0, **how: object) -
 
 
 def perplexity(loss: Tensor | float) -> float:
-    return round(math.exp(min(100.0, float(loss))), 3)
+    return round(math.exp(min(float(loss), 100.0)), 3)
 
 
 def gate_alone(dense: VideoLM, batches: list[Batch], gate: str, normed: bool) -> dict:
@@ -157,7 +157,7 @@ def gate_alone(dense: VideoLM, batches: list[Batch], gate: str, normed: bool) ->
         "the router scores": "x / rms(x)" if normed else "x",
         "dense": perplexity(before),
         "gate alone": perplexity(after),
-        "of dense": round(math.exp(min(100.0, after - before)), 4),
+        "of dense": round(math.exp(min(after - before, 100.0)), 4),
     }
 
 
@@ -301,7 +301,9 @@ def describe(cfg: RealConfig) -> dict:
     for name, text in {"prose": prose(), "code": code()}.items():
         texts[name] = hashlib.sha256(text.encode()).hexdigest()
     command = " ".join(["python -m extras.real", *sys.argv[1:]])
-    about = {"command": command, "weights": weights, "texts": texts, "samples": SAMPLES}
+    settings = {"samples": SAMPLES, "length": LENGTH, "sets": list(SIZES), "first": FIRST}
+    settings |= {"adapt": ADAPT, "rows": [line.strip() for line in ROWS.strip().split("\n")]}
+    about = {"command": command, "weights": weights, "texts": texts, "settings": settings}
     return about | provenance()
 
 

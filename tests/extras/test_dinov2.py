@@ -68,8 +68,9 @@ def test_a_size_that_is_no_multiple_of_a_patch_or_too_large_is_refused(tmp_path,
         dinov2.main([str(tmp_path / "new"), "--size", str(size)])
 
 
-def test_a_folder_that_exists_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=rf"^folder must be new, got {tmp_path}, which exists$"):
+def test_a_folder_with_weights_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=rf"^folder must be new, got {tmp_path}, which has weights$"):
         dinov2.main([str(tmp_path)])
 
 

@@ -114,7 +114,7 @@ def test_weights_of_no_dimension_are_hashed_too(tmp_path):
 @pytest.mark.parametrize("lost", ["dense-seed0", "converted-seed0", "amod-seed0"])
 def test_a_run_that_finished_when_nobody_was_there_to_report_it_is_reported(here, monkeypatch, lost):
     monkeypatch.setattr(real, "row_of", lambda run: run.name)
-    report = real.Report(Path("real.json"), {"weights": {}, "texts": {}})
+    report = real.Report(Path("real.json"), {"weights": {}, "texts": {}, "settings": {}})
     runs = real.Runs(real.RealConfig(llm="decoder", device="cpu"), report)
     names = ["dense-seed0", "converted-seed0", "amod-seed0"]
     for name in names:
