@@ -91,6 +91,19 @@ def test_true_replies_are_scored_as_alone_and_what_comes_after_the_last_frame_is
         assert (a.spoke, a.later, a.right) == (b.spoke, b.later, b.right) and a.nll == pytest.approx(b.nll)
 
 
+def test_long_examples_are_cut_on_the_screen_and_each_loop_has_a_bar(monkeypatch, tmp_path, capsys):
+    config = Config(vocab_size=len(TOKENIZER), image_size=16, pool=2, keep=(1.0,) * 3)
+    model, loops = initialise(VideoLM(config), 1), set()
+    monkeypatch.setattr(evaluation, "tqdm", lambda steps, doing, **_: loops.add(doing) or steps)
+    for world, text in ((World(16, 2), "talk " * 25), (data.VQA(16), "why " * 30)):
+        monkeypatch.setattr(world, "held_out", lambda count, world=world, text=text: [
+            s._replace(turns=[t._replace(text=text) for t in s.turns]) for s in type(world)(16, 2).held_out(count)])
+        evaluation.report(tmp_path, model, world, 4)
+        printed = capsys.readouterr().out
+        assert f" {text[:100].strip()}" in printed and text.strip() not in printed
+    assert loops == {"watching", "reading", "answering"}
+
+
 def test_what_is_read_is_what_the_model_says_of_each_token_and_the_shares_are_counted(monkeypatch):
     config = Config(vocab_size=len(TOKENIZER), image_size=16, pool=2, num_hidden_layers=4, keep=(0.2,) * 4)
     model, samples = initialise(VideoLM(config), 1).double().requires_grad_(False), World(16).held_out(3)
