@@ -49,7 +49,7 @@ from model import (
 from train import alone, provenance
 
 LENGTH = 128  # tokens of a text
-SIZES = (4, 8, 15)  # of sets of routed layers
+SET_SIZES = (4, 8, 15)  # of sets of routed layers
 RATIOS = (0.2, 0.5)
 ADAPT = "--task narration --batch 2 --steps 300 --save_every 150 --streams 32 --adam_lr 0.001"
 FIRST = "--plan dense --pool 3 --lora_rank 16 --lora_alpha 32 --lora_dropout 0"
@@ -196,7 +196,7 @@ def route_sets(dense: VideoLM, batches: list[Batch], layers: dict, keep_ratio: f
     L = len(dense.layers)
     routed = route_all(dense, keep_ratio, router="uniform")
     rows = []
-    for size in SIZES:
+    for size in SET_SIZES:
         placements = {"dense": (1.0,) * L}
         for name, chosen in orders(layers, keep_ratio, L, size).items():
             keep = [keep_ratio if layer in chosen else 1.0 for layer in range(L)]
@@ -301,7 +301,7 @@ def describe(cfg: RealConfig) -> dict:
     for name, text in {"prose": prose(), "code": code()}.items():
         texts[name] = hashlib.sha256(text.encode()).hexdigest()
     command = " ".join(["python -m extras.real", *sys.argv[1:]])
-    settings = {"samples": SAMPLES, "length": LENGTH, "sets": list(SIZES), "first": FIRST}
+    settings = {"samples": SAMPLES, "length": LENGTH, "sets": list(SET_SIZES), "first": FIRST}
     settings |= {"adapt": ADAPT, "rows": [line.strip() for line in ROWS.strip().split("\n")]}
     about = {"command": command, "weights": weights, "texts": texts, "settings": settings}
     return about | provenance()

@@ -42,7 +42,7 @@ class Child:
 def here(tmp_path, monkeypatch):
     pytest.importorskip("tokenizers", reason="reads tokenizer.json")
     monkeypatch.chdir(tmp_path)
-    small = {"SAMPLES": 2, "LENGTH": 16, "SIZES": (1,), "ROWS": ROWS,
+    small = {"SAMPLES": 2, "LENGTH": 16, "SET_SIZES": (1,), "ROWS": ROWS,
              "ADAPT": "--task narration --batch 1 --steps 1 --streams 6 --adam_lr 0.001"}
     for name, value in small.items():
         monkeypatch.setattr(real, name, value)
