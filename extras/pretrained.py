@@ -1,10 +1,11 @@
 """Start from pretrained Hugging Face folders, adapt them by LoRA, merge these.
 
-    python -m extras.pretrained --llm DIR --vision DIR --data DIR --gate unit
+    python -m extras.pretrained --llm DIR --vision DIR --data DIR
     python -m extras.pretrained --merge RUN --out NEW
 
-All flags of train.py are there too. A run is evaluated, resumed and converted
-as any other: eval.py RUN, train.py --out RUN --resume, train.py --init RUN.
+All flags of train.py are there too, and --plan measured (extras/measured.py).
+A run is evaluated, resumed and converted as any other: eval.py RUN,
+train.py --out RUN --resume, train.py --init RUN.
 """
 
 from dataclasses import dataclass, fields, replace
