@@ -48,6 +48,8 @@ from model import (
 )
 from video import read_video
 
+BATCH = 32  # streams or questions at a time
+
 # --- the four metrics of VideoLLM-online ----------------------------------------------------------
 
 
@@ -140,12 +142,12 @@ def hear(
 
 @torch.no_grad()
 def read(
-    model: VideoLM, tokenizer: Tokenizer, samples: list[Sample], threshold: float, batch: int = 16
+    model: VideoLM, tokenizer: Tokenizer, samples: list[Sample], threshold: float
 ) -> list[Reading]:
     """The decisions and the likelihoods in whole sequences -> a Reading each"""
     readings = []
-    for first in bar(range(0, len(samples), batch), "reading"):
-        b, out = hear(model, tokenizer, samples[first : first + batch])
+    for first in bar(range(0, len(samples), BATCH), "reading"):
+        b, out = hear(model, tokenizer, samples[first : first + BATCH])
         for row, labels, decision in zip(out.hidden, b.labels, b.decision, strict=True):
             places = (labels >= 0).nonzero()[:, 0]
             logits = model.logits(row[places.to(row.device)]).float().cpu()  # (M, vocabulary)
@@ -240,8 +242,10 @@ def evaluate(
             right += [spoken == (frame in due) for frame, spoken in enumerate(decisions)]
         result[name]["decision_accuracy"] = fmean(right)
     said, true = all_replies(own, tokenizer), all_replies(truth, tokenizer)
-    result["free_running"]["said_right"] = len(said & true) / len(true)
-    result["free_running"]["said_wrong"] = len(said - true) / len(true)
+    result["free_running"] |= {
+        "said_right": len(said & true) / len(true),
+        "said_wrong": len(said - true) / len(true),
+    }
     return result, own
 
 
@@ -391,16 +395,12 @@ class Watcher:
 
 
 def free_run(
-    model: VideoLM,
-    tokenizer: Tokenizer,
-    samples: list[Sample],
-    threshold: float = 0.0,
-    batch: int = 32,
+    model: VideoLM, tokenizer: Tokenizer, samples: list[Sample], threshold: float = 0.0
 ) -> list[list[Turn]]:
     """What the model says of each stream when it hears only the user and itself"""
     said, limit = [], longest_reply(tokenizer, samples)
-    for first in range(0, len(samples), batch):
-        chunk = samples[first : first + batch]
+    for first in range(0, len(samples), BATCH):
+        chunk = samples[first : first + BATCH]
         seed = torch.tensor([s.seed for s in chunk])
         watcher = Watcher(model, tokenizer, seed, threshold, limit=limit)
         said += watch_all(watcher, chunk)
@@ -464,7 +464,7 @@ def print_reply(seconds: float, said: Turn | None) -> None:
 
 
 def evaluate_answers(
-    model: VideoLM, tokenizer: Tokenizer, samples: list[Sample], source: Source, batch: int = 32
+    model: VideoLM, tokenizer: Tokenizer, samples: list[Sample], source: Source
 ) -> tuple[dict, list[str]]:
     """Ask each sample its last question -> the results, and what was answered
 
@@ -474,8 +474,8 @@ def evaluate_answers(
     """
     said, computed, given = [], [], []
     limit = longest_reply(tokenizer, samples)
-    for first in bar(range(0, len(samples), batch), "answering"):
-        asked = samples[first : first + batch]
+    for first in bar(range(0, len(samples), BATCH), "answering"):
+        asked = samples[first : first + BATCH]
         watcher = Watcher(model, tokenizer, torch.tensor([s.seed for s in asked]), limit=limit)
         said += watcher.ask(asked)
         computed.append(watcher.computed().cpu())
@@ -705,7 +705,7 @@ class WatchConfig:
     threshold: float = flag(0.0, "speak where silence is less likely than this")
     device: str = flag("", "cpu or cuda (default: cuda where there is one)")
 
-    may_be_zero: ClassVar[tuple[str, ...]] = ("window", "threshold")
+    may_be_zero: ClassVar[tuple[str, ...]] = ("window", "threshold", "streams")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -717,7 +717,7 @@ class WatchConfig:
 class EvalConfig(WatchConfig):
     ask: tuple = flag((), 'of --watch: "12.5 What is it?" asks at that time; may be repeated')
     arank: bool = flag(False, "rank the layers of a dense run instead (gamma-MoD)")
-    streams: int = flag(64, "held-out streams to evaluate on")
+    streams: int = flag(0, "held-out streams (0: 64, of a pretrained model 16)")
 
 
 def newest_run() -> Path:
@@ -766,7 +766,8 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.arank:
         rank_layers(model, source)
         return
-    report(folder, model, source, cfg.streams, cfg.threshold)
+    streams = cfg.streams or model.config.usual_flags.get("streams", 64)
+    report(folder, model, source, streams, cfg.threshold)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def test_a_flag_has_the_default_and_the_type_of_its_field_and_the_run_needs_no_f
     with pytest.raises(SystemExit):
         evaluation.main(["--help"])
     printed = capsys.readouterr().out
-    assert "(default: 64)" in printed and "(default: False)" not in printed and "(default: )" not in printed
+    assert "(default: 0)" in printed and "(default: False)" not in printed and "(default: )" not in printed
     cfg, given = models.parse(evaluation.EvalConfig, ["here", "--threshold", "1", "--no-arank"], "")
     assert (cfg.run, cfg.threshold, cfg.arank, given) == ("here", 1.0, False, {"run", "threshold", "arank"})
 

@@ -269,7 +269,8 @@ def test_answers_are_counted_right_word_for_word_and_skipped_tokens_over_the_rou
     monkeypatch.setattr(evaluation.Watcher, "ask", ask)
     monkeypatch.setattr(evaluation.Watcher, "reply", lambda *_: [])  # the prompts alone
     world.score = lambda model, tokenizer, samples, said: {"lengths": [len(text) for text in said]}
-    result, said = evaluation.evaluate_answers(model, TOKENIZER, samples, world, batch=2)
+    monkeypatch.setattr(evaluation, "BATCH", 2)
+    result, said = evaluation.evaluate_answers(model, TOKENIZER, samples, world)
     computed, given = (torch.cat([part[i] for part in told]).double() for i in (0, 1))
     assert [seed for *_, seeds in told for seed in seeds] == [s.seed for s in samples]
     assert said == [" red", " red.", " Red", " red", " red"] and result["questions"] == 5

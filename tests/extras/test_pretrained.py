@@ -155,7 +155,7 @@ def test_a_pretrained_pair_is_trained_saved_converted_and_watches_a_video(tmp_pa
     pytest.importorskip("tokenizers", reason="reads tokenizer.json")
     monkeypatch.chdir(tmp_path)
     make_video(annotate(tmp_path, {"video": "v.mp4", "conversation": [TURN]}) / "v.mp4", 1)
-    few = ["--data", ".", "--steps", "1", "--batch", "1", "--streams", "1"]
+    few, asked = ["--data", ".", "--steps", "1", "--batch", "1", "--streams", "1"], []
     pair = ["--llm", str(FIXTURES / "smollm2"), "--vision", str(FIXTURES / "siglip"), "--lora_rank", "2"]
     gamma = ["--router", "shared", "--masked", "question", "--routing_loss", "0.01", "--keep", "0.5"]
     pretrained.main([*few, *pair, "--plan", "dense", "--out", "out/dense"])
@@ -171,6 +171,10 @@ def test_a_pretrained_pair_is_trained_saved_converted_and_watches_a_video(tmp_pa
     assert "arank sees frames through an untrained projector" in capsys.readouterr().out
     pretrained.main(["--merge", "out/mod", "--out", "out/merged"])
     evaluation.main(["out/merged", "--streams", "1", "--device", "cpu"])
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "report", lambda folder, model, source, streams, _: asked.append(streams))
+        evaluation.main(["out/merged", "--device", "cpu"])
+    assert asked == [16]
     with pytest.raises(ValueError, match="out must be a new folder for the merged run, got 'out/merged'"):
         pretrained.main(["--merge", "out/mod", "--out", "out/merged"])
     evaluation.main(["out/both", "--watch", "v.mp4", "--device", "cpu"])
