@@ -11,7 +11,6 @@ printed, and their correlation.
 All flags of train.py are there too.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -109,9 +108,10 @@ train.MEASURED["measured"] = keep_by_cost
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    cfg, given = parse(TrainConfig, [*argv, "--plan=measured"], __doc__)
-    cfg = train.settings(cfg, given)
+    cfg, given = parse(TrainConfig, argv, __doc__)
+    if "plan" in given and cfg.plan != "measured":
+        raise ValueError(f"plan must be measured here, got {cfg.plan}")
+    cfg = train.settings(replace(cfg, plan="measured"), given | {"plan"})
     train.run(cfg, load(cfg.folder) if cfg.resume else train.build(cfg))
 
 

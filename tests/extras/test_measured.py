@@ -75,3 +75,5 @@ def test_a_dense_run_is_converted_by_the_plan_measured_which_prints_both_orders(
     train.main(["--out", "out/measured", "--resume", "--device", "cpu"])  # measures nothing again
     with pytest.raises(ValueError, match="init must name a trained dense run for the plan measured, got none"):
         measured.main([*small, "--preset", "tiny", "--out", "out/none"])
+    with pytest.raises(ValueError, match="plan must be measured here, got arank"):
+        measured.main([*small, *convert, "--plan", "arank", "--out", "out/none"])
