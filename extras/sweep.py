@@ -195,16 +195,16 @@ def train_row(argv: list[str]) -> None:
     argv: may begin with a word of baselines.VARIANTS, which holds for this process; with --llm it
         is extras/pretrained.py that does it
     """
+    checkpoint, sys.argv = train.checkpoint, ["sweep.py", *argv]  # the row's JSON has them all
     if argv[0] in VARIANTS:
         put_variant(*VARIANTS[argv[0]])
         argv = argv[1:]
-    checkpoint = train.checkpoint
 
     def look_and_save(folder: Path, model: VideoLM, optimizers: list, step: int) -> None:
         look(folder, model, step)
         checkpoint(folder, model, optimizers, step)
 
-    train.checkpoint, sys.argv = look_and_save, ["train.py", *argv]
+    train.checkpoint = look_and_save
     begins = any(arg.startswith("--llm") for arg in argv)
     try:
         (pretrained if begins else train).main(argv)
@@ -292,9 +292,8 @@ def collect(folder: Path) -> list[dict]:
 def row_of(run: Path) -> dict:
     """The row of a run: its log's first line, its settings, its costs and its results.
 
-    flops_of_dense: FLOPs of a training step by formula, over those of the dense model
-    free_running gets the same as `step_flops`, and for answers its own `flops_of_dense`, which is
-    of the mean lengths that eval.json has, not of each answer.
+    free_running gets two shares of the dense model's FLOPs, by formula: `step_flops` of a training
+    step, and for answers `flops_of_dense`, at the mean lengths that eval.json has.
     """
     result = read_json(run / "eval.json")
     first, *steps = read_lines(run / "log.jsonl")
@@ -303,8 +302,7 @@ def row_of(run: Path) -> dict:
         raise ValueError("it has no scores")
     model, settings = load(run), train_settings(run)
     batch = first_batch(run, model, settings)
-    share = step_share(model, batch)
-    scores["step_flops"] = share
+    scores["step_flops"] = step_share(model, batch)
     scores["seconds_per_step"] = round(median(step["seconds"] for step in steps), 4)
     if "tokens" in result:
         scores["flops_of_dense"] = answer_share(model.config, batch, result["tokens"])
@@ -320,7 +318,6 @@ def row_of(run: Path) -> dict:
         "parameters": sum(size),
         "placement": model.config.keep,
         "learnt": sum(learnt),
-        "flops_of_dense": share,
         **seen,
         **result,
     }

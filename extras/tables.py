@@ -82,11 +82,17 @@ def table(rows: list[dict] | dict, names: Sequence[str] = (), keys: Sequence[str
         return markdown_table([["check", "found"], *found])
     if names and names[0] in PARTS:
         return flat_table(PARTS[names[0]](rows[names[0]]))
-    if isinstance(rows, dict) and "runs" in rows:
-        rows = list(rows["runs"].values())
+    rows = runs_of(rows)
     if isinstance(rows, dict):
         return stream_table(rows["rows"]) if "stream" in names else speed_table(rows["rows"])
     return run_table(by_run(rows), names, keys)
+
+
+def runs_of(found: list[dict] | dict) -> list[dict] | dict:
+    """Of extras/real.py its runs; else what it is given"""
+    if isinstance(found, dict) and "runs" in found:
+        return list(found["runs"].values())
+    return found
 
 
 def by_run(rows: list[dict]) -> dict[str, dict[int, dict]]:
@@ -282,7 +288,7 @@ def four_digits(value: float) -> str:
 def read_rows(file: Path) -> list[dict]:
     """The rows of a results file. Raises ValueError, naming the file, if it holds none."""
     try:
-        rows = json.loads(file.read_text())
+        rows = runs_of(json.loads(file.read_text()))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} must be JSON: {error}") from None
     if not isinstance(rows, list):
@@ -292,8 +298,10 @@ def read_rows(file: Path) -> list[dict]:
 
 COMPARED = (  # what `compare` speaks of: title, key, size and name of its unit
     ("LM-Correctness", "lm_correctness", 100, "points"),
+    ("LM-PPL", "lm_ppl", 100, "hundredths"),
     ("answers right", "accuracy", 100, "points"),
     ("steps to 95 %", "steps_to_95", 1, "steps"),
+    ("reply tokens right before fine-tuning", "reply_accuracy_before", 100, "points"),
 )
 
 

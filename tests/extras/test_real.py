@@ -78,9 +78,9 @@ def test_the_experiment_is_done_piece_by_piece_and_goes_on_where_it_was_cut_off(
     assert said == ["sets: streams, keep 0.2", "sets: streams, keep 0.5", "runs: converted-seed0", "runs: amod-seed0"]
     found = json.loads(Path("out/real.json").read_text())
     assert all(before[section].items() <= found[section].items() for section in ("gates", "layers", "sets", "runs"))
-    scores = found["runs"]["amod-seed0"]["free_running"]
-    assert {"reply_accuracy_before", "lm_correctness", "step_flops"} <= scores.keys()
-    assert found["runs"]["amod-seed0"]["flops_of_dense"] < 1 == found["runs"]["converted-seed0"]["flops_of_dense"]
+    amod, converted = (found["runs"][f"{name}-seed0"] for name in ("amod", "converted"))
+    assert {"reply_accuracy_before", "lm_correctness"} <= amod["free_running"].keys() and amod["argv"][0] == "A-MOD"
+    assert amod["free_running"]["step_flops"] < 1 == converted["free_running"]["step_flops"]
     assert str(Path.cwd()) not in json.dumps(found)  # no path of a machine
     (row,) = found["sets"]["prose, keep 0.5"]
     assert row.keys() == {"layers", "keep", "dense", *real.orders(found["layers"]["prose"], 0.5, 2, 1)}
