@@ -5,7 +5,7 @@ of n tokens the layer computes the `capacity(n, r)` best-scored ones; the others
 unchanged. Tokens without a group are always computed. Two papers are two choices of the groups:
 
     VideoLLM-MoD (arXiv 2408.16730)  the vision tokens of each frame are a group; text has none
-    gamma-MoD (arXiv 2410.13859)     the picture and the prompt are one group; masked text has none
+    gamma-MoD (arXiv 2410.13859)     the picture and the text are one group; masked text has none
 
     here           paper     meaning
     B, T, D                  streams, tokens of the interleaved sequence, model width
@@ -160,10 +160,10 @@ def inverse(order: Tensor) -> Tensor:
 class Router(nn.Module):
     """mu = w . x, the importance of each token: a linear map from D to 1.    Eq. 2 of VideoLLM-MoD
 
-    x: (B, T, D) hidden states as they enter the layer -> (B, T) scores, read as logits: for gates
-    and for late tokens 0 is the middle
-    normed: score x / rms(x), as where a decoder was trained before. In one rms(x) grows from 0.1 to
-    30 over the layers, and is 1,000 at the first token: there w . x is nowhere near 0.
+    x: (B, T, D) hidden states as they enter the layer -> (B, T) scores, read as logits: 0 is
+    the middle for the gates `sigmoid` and `unit`, and for late tokens
+    normed: score x / rms(x), as where a decoder was trained before. In SmolLM2 rms(x) grows from
+    0.1 to 30 over the layers, and is 1,000 at the first token: there w . x is nowhere near 0.
     """
 
     def __init__(self, width: int, normed: bool) -> None:
@@ -206,7 +206,8 @@ def select(score: Tensor, groups: Groups, keep_ratio: float) -> Tensor:
 
     score: (B, T), compared only within a group -> keep: (B, T) bool; of equals the earlier wins
     Note: a group must arrive in one chunk. A choice among tokens that arrive later would use the
-    future. In gamma-MoD the prompt is one group: it is all there before the answer.
+    future. In gamma-MoD the prompt is all there before the answer; answers that may skip break this
+    rule in training, where they compete with it.
     """
     # place            0   1   2   3   4   5   6   7
     # group           -1   0   0   0  -1   1   1   1

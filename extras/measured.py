@@ -2,9 +2,9 @@
 
     python -m extras.measured --init out/dense --keep 0.5 --out out/measured
 
-It stands beside gamma-MoD's arank. One layer after the other is routed alone,
-with the router of the flags as it starts, on the 50 samples that arank looks
-at. The loss that this adds is the layer's cost: L + 1 forward passes a sample.
+It stands beside gamma-MoD's arank. Each layer is routed alone in turn, with the
+router of the flags as it starts, on the 50 samples that arank looks at. The
+loss that this adds is the layer's cost: L + 1 forward passes a sample.
 As many layers stay dense as with arank, those that cost most. Both orders are
 printed, and their correlation.
 

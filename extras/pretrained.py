@@ -3,7 +3,8 @@
     python -m extras.pretrained --llm DIR --vision DIR --data DIR
     python -m extras.pretrained --merge RUN --out NEW
 
-All flags of train.py are there too, and --plan measured (extras/measured.py).
+All flags of train.py but --init are there too, and --plan measured. By default
+--weigh is update, --streams 16 and --adam_lr 0.0002.
 A run is evaluated, resumed and converted as any other: eval.py RUN,
 train.py --out RUN --resume, train.py --init RUN.
 """

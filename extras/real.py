@@ -48,7 +48,7 @@ from model import (
 )
 from train import alone, provenance
 
-LENGTH = 128  # tokens of a text
+LENGTH = 128  # tokens of a piece of text
 SET_SIZES = (4, 8, 15)  # of sets of routed layers
 RATIOS = (0.2, 0.5)
 ADAPT = "--task narration --batch 2 --steps 300 --save_every 150 --streams 32 --adam_lr 0.001"
@@ -93,7 +93,7 @@ class Report:
 
 
 def text_batches(tokenizer: data.Special, text: str, every: bool) -> list[Batch]:
-    """2 x SAMPLES texts of LENGTH tokens, evenly spread over a text, each a batch of one
+    """2 x SAMPLES pieces of LENGTH tokens, evenly spread over a text, one a batch
 
     every: all tokens but the first may skip, and the loss is of all. Otherwise the middle half may
         skip, and the loss is of the last quarter: as a reply reads the frames before it.
@@ -266,7 +266,7 @@ class Runs(Sweep):
 class RealConfig:
     llm: str = flag("", "Hugging Face folder of the decoder", positional=True)
     vision: str = flag("", "Hugging Face folder of the encoder (default: one drawn at random)")
-    seeds: int = flag(3, "of the runs, from 0")
+    seeds: int = flag(3, "how many seeds of the runs, from 0")
     jobs: int = flag(1, "runs at once, which share the cores")
     device: str = flag("", "cpu or cuda (default: cuda where there is one)")
 
