@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -654,13 +654,13 @@ def report(
         result, said = evaluate_answers(model, tokenizer, samples, source)
         for sample, answer in zip(samples[:8], said, strict=False):
             question, true = sample.turns[-2].text, sample.turns[-1].text
-            examples.append((question + " ", answer.strip(), true.strip()))
+            examples.append((question, answer.strip(), true.strip()))
     else:
         result, own = evaluate(model, tokenizer, samples, source.fps, threshold)
         mine, true = replies(own[0]), replies(samples[0])
         for f in range(min(24, len(samples[0].frames))):
             said = mine.get(f, "(silent)"), true.get(f, "(silent)")
-            examples.append((f"{f / source.fps:5.1f} s  ", *said))
+            examples.append((f"{f / source.fps:5.1f} s ", *said))
     if isinstance(source, data.World):
         result["on_shapes"] = on_shapes(model, tokenizer, samples[:64], source)
     print(f"{folder}: {len(samples)} {source.kind}")
@@ -670,7 +670,7 @@ def report(
     print("for example, free-running, 100 letters of each (<- the truth, where it differs):")
     for about, mine, true in examples:
         differs = f"   <- {true:.100}" if mine != true else ""
-        print(printable(f"  {about:.100}{mine:.100}{differs}"))
+        print(printable(f"  {about:.100} {mine:.100}{differs}"))
     write_json(folder / "eval.json", result)
     draw_routing(model, tokenizer, samples[0], source.pixels(samples[0]), folder / "routing.png")
     print(f"the routing of the first is drawn in {folder}/routing.png")
@@ -705,7 +705,7 @@ class WatchConfig:
     threshold: float = flag(0.0, "speak where silence is less likely than this")
     device: str = flag("", "cpu or cuda (default: cuda where there is one)")
 
-    may_be_zero: ClassVar[tuple[str, ...]] = ("window", "threshold", "streams")
+    may_be_zero = ("window", "threshold", "streams")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -742,7 +742,7 @@ def read_settings(folder: Path) -> dict:
 def watch(cfg: EvalConfig, model: VideoLM, folder: Path, settings: dict) -> None:
     """--watch"""
     tokenizer = data.tokenizer_for(model.config)
-    watcher = Watcher(model, tokenizer, torch.zeros(1).long(), cfg.threshold, cfg.window)
+    watcher = Watcher(model, tokenizer, torch.tensor([0]), cfg.threshold, cfg.window)
     query = cfg.query or data.find_task(settings["task"]).query
     size, fps = model.config.image_size, settings["fps"]
     turns = [Turn(0, "user", query), *(data.parse_question(text, fps) for text in cfg.ask)]
@@ -756,6 +756,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in sorted(given & {"query", "ask", "window", "partial"}):
         if not cfg.watch:
             raise ValueError(f"{name} must be given with watch, got no watch")
+    if cfg.watch and cfg.arank:
+        raise ValueError("watch must be given alone, got arank too")
     folder = Path(cfg.run) if cfg.run else newest_run()
     model = load(folder, pick_device(cfg.device)).eval()
     settings = read_settings(folder)

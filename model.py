@@ -501,7 +501,7 @@ class VideoLM(nn.Module):
         """(..., D) -> (..., vocabulary). Ask only for rows that are read."""
         return self.lm_head(self.norm(hidden))
 
-    # What a pretrained model does otherwise (extras/pretrained.py overrides these four).
+    # What a pretrained model does otherwise (extras/pretrained_model.py overrides these four).
 
     def learned_state(self) -> dict[str, Tensor]:
         """The weights that a run saves, by name"""

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -39,6 +38,7 @@ from eval import rank_layers, report
 from mod import GATES, MASKED, PLACEMENTS, WEIGHED, check_keep_ratio, placement, rank_placement
 from mod import routing_loss as routing_loss_of
 from model import (
+    LEARNED,
     PRESETS,
     ROUTERS,
     Config,
@@ -94,7 +94,7 @@ class TrainConfig:
     compile: bool = flag(False, "compile the model for training")
     resume: bool = flag(False, "go on with the run in --out")
 
-    may_be_zero: ClassVar[tuple[str, ...]] = (
+    may_be_zero = (
         "seed",
         "dense_layers",
         "keep",
@@ -168,18 +168,29 @@ def build(cfg: TrainConfig) -> VideoLM:
 
 
 def route(cfg: TrainConfig, sizes: Config, dense: VideoLM | None = None) -> Config:
-    """`sizes` with the placement and the routers of the flags; dense: a trained model, for ARank"""
+    """`sizes` with the placement and the routers of the flags
+
+    dense: the model of --init, and in extras/pretrained.py the one that a plan of MEASURED looks at
+    """
     if cfg.plan in MEASURED:
         if dense is None:
-            rule = f"name a trained dense run for the plan {cfg.plan}"
-            raise ValueError(f"init must {rule}, got none")
+            raise ValueError(f"init must name a dense run for the plan {cfg.plan}, got none")
         keep = MEASURED[cfg.plan](cfg, dense)
     else:
         keep = placement(cfg.plan, sizes.num_hidden_layers, cfg.keep)
     # The first routers of a trained decoder are normed; those that a run has stay as they are.
     norm = sizes.router_norm or bool(cfg.init and not dense.routers)
-    sizes = replace(sizes, keep=keep, router=cfg.router, router_norm=norm)
-    return replace(sizes, gate=cfg.gate, weigh=cfg.weigh, masked=cfg.masked)
+    if norm and cfg.router in LEARNED and cfg.gate != "unit" and 0 < min(keep) < 1:
+        print("a gate other than unit ruins a trained decoder at its first step")
+    return replace(
+        sizes,
+        keep=keep,
+        router=cfg.router,
+        router_norm=norm,
+        gate=cfg.gate,
+        weigh=cfg.weigh,
+        masked=cfg.masked,
+    )
 
 
 def keep_by_rank(cfg: TrainConfig, dense: VideoLM) -> tuple[float, ...]:

@@ -1,7 +1,7 @@
 """The vision encoders of CLIP and SigLIP, as their Hugging Face files hold them.
 
-extras/pretrained.py uses them; there is no command. As in VideoLLM-online, the last hidden state is
-pooled: of CLIP as its last layer leaves it, of SigLIP after the final norm.
+extras/pretrained_model.py uses them; there is no command. As in VideoLLM-online, the last hidden
+state is pooled: of CLIP as its last layer leaves it, of SigLIP after the final norm.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """The features of a frozen encoder, in files: each clip is encoded once.
 
-extras/pretrained.py uses it; there is no command.
+extras/pretrained_model.py uses it; there is no command.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """LoRA, biases and new tokens: what a pretrained decoder's linear maps and tables have more.
 
-extras/pretrained.py puts them in place of the plain modules; there is no command. Parameters
+extras/pretrained_model.py puts them in place of the plain modules; there is no command. Parameters
 keep their names: `.weight`, and beside it `.bias`, `.lora_A`, `.lora_B`, `.new`.
 """
 

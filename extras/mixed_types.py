@@ -1,7 +1,7 @@
 """The types of weights: several in one model, and those for which a CPU has no units.
 
-extras/pretrained.py uses it; there is no command. Where all weights of an encoder or a decoder have
-one type, nothing is added to it.
+extras/pretrained_model.py uses it; there is no command. Where all weights of an encoder or a
+decoder have one type, nothing is added to it.
 """
 
 from functools import cache, reduce

@@ -11,7 +11,6 @@ train.py --out RUN --resume, train.py --init RUN.
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import ClassVar
 
 import data
 import model as core
@@ -37,7 +36,7 @@ class PretrainedFlags(TrainConfig):
     gradient_checkpointing: bool = flag(False, "less memory, more time")
     merge: str = flag("", "run folder whose adapters to merge into --out instead")
 
-    may_be_zero: ClassVar[tuple[str, ...]] = (
+    may_be_zero = (
         *TrainConfig.may_be_zero,
         "pool",
         "lora_rank",
@@ -123,12 +122,9 @@ def first_model(
     cfg: PretrainedFlags, settings: TrainConfig, sizes: PretrainedConfig
 ) -> PretrainedLM:
     """The model before its first step; the plan arank looks at the dense one first."""
-    learned = settings.router in core.LEARNED and settings.plan != "dense"
-    if cfg.llm and learned and settings.gate != "unit":
-        print(f"gate {settings.gate} ruins a trained decoder at its first step; unit does not")
     dense = None
     if cfg.plan in train.MEASURED:
-        print(f"{cfg.plan} sees frames through an untrained projector; train.py --init does not")
+        print(f"{cfg.plan} sees frames through an untrained projector, not so after a dense run")
         dense = build(sizes, cfg.seed).to(core.pick_device(cfg.device))
     return build(train.route(settings, sizes, dense), cfg.seed)
 

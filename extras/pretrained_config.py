@@ -1,11 +1,10 @@
 """The config of a model of pretrained folders: Config, and what those need beyond it.
 
-extras/pretrained.py builds the model; there is no command.
+extras/pretrained_model.py builds the model; there is no command.
 """
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar
 
 import data
 from extras import rope
@@ -40,7 +39,7 @@ class PretrainedConfig(Config):
     lora_dropout: float = 0.05
     gradient_checkpointing: bool = False  # compute the inside of layers again when going backward
 
-    may_be_zero: ClassVar[tuple[str, ...]] = (
+    may_be_zero = (
         "new_tokens",
         "sliding_window",
         "lora_rank",

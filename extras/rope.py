@@ -1,7 +1,7 @@
 """RoPE scalings: how a decoder that learned short texts turns its queries and keys in long ones.
 
-extras/pretrained.py uses them; there is no command. config.json of a folder names the scaling and
-its numbers, in the old (`rope_scaling`) or the new spelling (`rope_parameters`).
+extras/pretrained_model.py uses them; there is no command. config.json of a folder names the
+scaling and its numbers, in the old (`rope_scaling`) or the new spelling (`rope_parameters`).
 """
 
 import math

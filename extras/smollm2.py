@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer, about = tokenizer_of(fields), {"format": "pt"}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config_of(fields))
-    write(folder / "tokenizer.json", lambda path: path.write_text(tokenizer))
+    write(folder / "tokenizer.json", lambda path: path.write_text(tokenizer, encoding="utf-8"))
     write(folder / "model.safetensors", lambda path: save_file(weights, path, metadata=about))
     count = sum(weight.numel() for weight in weights.values())
     print(f"{folder}: SmolLM2, {count:,} weights")

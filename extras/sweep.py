@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain, product
 from pathlib import Path
 from statistics import fmean, median
-from typing import ClassVar
 
 import torch
 
@@ -201,7 +200,8 @@ def train_row(argv: list[str]) -> None:
         argv = argv[1:]
 
     def look_and_save(folder: Path, model: VideoLM, optimizers: list, step: int) -> None:
-        look(folder, model, step)
+        look(folder, model.eval(), step)
+        model.train()
         checkpoint(folder, model, optimizers, step)
 
     train.checkpoint = look_and_save
@@ -412,7 +412,7 @@ class SweepConfig:
     streams: int = flag(0, "held-out streams of each run (0: those of train.py)")
     device: str = flag("", "cpu or cuda (default: cuda where there is one)")
 
-    may_be_zero: ClassVar[tuple[str, ...]] = ("steps", "streams")
+    may_be_zero = ("steps", "streams")
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -467,7 +467,7 @@ def looks_chart(rows: list[dict]) -> str:
 def renew(root: Path) -> None:
     """Renew the tables of both READMEs and the chart in assets/."""
     for page in (root / "README.md", root / "results" / "README.md"):
-        text = render(page.read_text(), root / "results")
+        text = render(page.read_text(encoding="utf-8"), root / "results")
         write_text(page, text)
         print(f"{page}: {len(MARKED.findall(text))} tables")
     scenes = root / "results" / "scene.json"
@@ -476,7 +476,7 @@ def renew(root: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    write(file, lambda unfinished: unfinished.write_text(text))
+    write(file, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def test_a_dense_run_is_converted_by_the_plan_measured_which_prints_both_orders(
     assert any(line.startswith("Spearman's correlation of the two orders: ") for line in printed)
     assert load(Path("out/measured")).config.router_norm  # its decoder was trained before
     train.main(["--out", "out/measured", "--resume", "--device", "cpu"])  # measures nothing again
-    with pytest.raises(ValueError, match="init must name a trained dense run for the plan measured, got none"):
+    with pytest.raises(ValueError, match="init must name a dense run for the plan measured, got none"):
         measured.main([*small, "--preset", "tiny", "--out", "out/none"])
     with pytest.raises(ValueError, match="plan must be measured here, got arank"):
         measured.main([*small, *convert, "--plan", "arank", "--out", "out/none"])

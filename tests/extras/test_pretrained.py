@@ -200,13 +200,20 @@ def test_frames_enter_a_trained_decoder_as_large_as_text_and_its_new_routers_har
         assert (GATES["unit"](router(large)) - 1).abs().max() < 0.3
 
 
-@pytest.mark.parametrize(("gate", "plan", "warns"), [("sigmoid", "all", True), ("linear", "all", True), ("unit", "all", False),
-                                                     ("sigmoid", "dense", False)])
-def test_a_gate_that_ruins_a_trained_decoder_is_named(capsys, gate, plan, warns):
+@pytest.mark.parametrize(("flags", "warns"), [
+    ("--gate sigmoid --plan all", True), ("--gate linear --plan interleaved", True), ("--gate unit --plan all", False),
+    ("--gate sigmoid --plan dense", False), ("--gate sigmoid --plan layer-skip", False),
+    ("--gate sigmoid --plan all --router random", False)])
+def test_a_gate_that_ruins_a_trained_decoder_is_named(capsys, flags, warns, tmp_path):
     pytest.importorskip("tokenizers", reason="reads tokenizer.json")
-    cfg, given = parse(PretrainedFlags, ["--llm", str(LLM), "--gate", gate, "--plan", plan, "--out", "none"], "")
+    cfg, given = parse(PretrainedFlags, ["--llm", str(LLM), "--out", "none", *flags.split()], "")
+    dense = pretrained.prepare_run(replace(cfg, plan="dense"), given)[1]
+    capsys.readouterr()
     pretrained.prepare_run(cfg, given)
-    assert (f"gate {gate} ruins a trained decoder" in capsys.readouterr().out) == warns
+    assert ("a gate other than unit ruins a trained decoder" in capsys.readouterr().out) == warns
+    models.save(tmp_path / "dense", dense)
+    train.build(parse(train.TrainConfig, ["--init", str(tmp_path / "dense"), *flags.split()], "")[0])
+    assert ("a gate other than unit ruins a trained decoder" in capsys.readouterr().out) == warns
 
 
 OLD = {"new_tokens": 0, "rope_scaling": [], "sliding_window": 0, "attention_bias": False, "output_bias": False,
