@@ -124,8 +124,9 @@ def test_the_ranks_of_a_model_are_those_of_an_explicit_forward_pass(groups):
 
 def test_the_rank_of_a_layer_is_its_mean_over_samples_each_measured_alone(capsys):
     tokenizer, world = data.Tokenizer(), data.World(8, 3)
-    model = tiny((1.0,) * 2, 0, "cpu", vocab_size=len(tokenizer))
+    model = tiny((1.0,) * 2, 0, "cpu", vocab_size=len(tokenizer)).train()
     ranks, alone = rank_layers(model, world, 3), []
+    assert not model.training  # a decoder with LoRA has dropout
     for sample in world.batch(0, 0, 3):
         batch = data.collate([sample], model.config, tokenizer)
         alone.append(layer_ranks(model, prepare(batch, model.config, torch.device("cpu"))))

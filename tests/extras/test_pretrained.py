@@ -137,6 +137,15 @@ def test_an_encoder_of_no_known_family_is_refused():
         pretrained.pretrained(SMALL, vision=str(FIXTURES / "llama2"))
 
 
+def test_behind_a_decoder_that_is_drawn_routers_are_not_normed_and_frames_not_scaled(monkeypatch):
+    monkeypatch.setattr(pretrained_model, "scale_vision", None)
+    monkeypatch.setitem(train.MEASURED, "arank", lambda cfg, dense: (0.5,) * len(dense.layers))
+    for plan in ("all", "arank"):
+        flags = ["--vision", str(FIXTURES / "siglip"), "--plan", plan, "--out", "none"]
+        net = pretrained.prepare_run(*parse(PretrainedFlags, flags, ""))[1]
+        assert net.routers and not net.config.router_norm
+
+
 def test_a_grid_is_of_the_patches_of_the_folder_and_a_converted_encoder_learns_as_slowly(tmp_path):
     how = {"vision": str(FIXTURES / "siglip"), "preset": "coarse", "train_vision": True}  # 4 x 4, not 3 x 3
     assert pretrained.sizes_of(PretrainedFlags(pool=4, **how)).pool == 4

@@ -1,21 +1,25 @@
 """One command trains the rows of a table, whatever interrupts it."""
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import ClassVar
 
 import pytest
 
 import train
+from data import Tokenizer, World
+from eval import read
 from extras import pretrained, pretrained_model, sweep, tables
 from extras.baselines import VARIANTS
 from mod import PLACEMENTS
-from model import parse
+from model import load, parse
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -130,6 +134,27 @@ def test_a_sweep_that_cannot_be_is_refused_in_a_sentence(wrong, complaint, tmp_p
     with pytest.raises(ValueError, match=complaint):
         sweep.main(wrong)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_looked_at_on_32_held_out_streams_without_dropout(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)  # a row sets it
+    look, run, training = sweep.look, tmp_path / "run", []
+    monkeypatch.setattr(sweep, "look", lambda folder, model, step: training.append(model.training) or look(folder, model, step))
+    sweep.train_row([f"--out={run}", "--steps", "1", "--batch", "1", "--streams", "0", "--device", "cpu"])
+    assert training == [False, False]
+    last = sweep.read_lines(run / "looks.jsonl")[-1]
+    readings = read(load(run).eval(), Tokenizer(), World(48).held_out(32), 0.0)
+    nll = [loss for reading in readings for losses in reading.nll.values() for loss in losses]
+    right = [one for reading in readings for some in reading.right.values() for one in some]
+    assert last["perplexity"] == pytest.approx(math.exp(fmean(nll))) and last["reply_accuracy"] == fmean(right)
+
+
+@pytest.mark.parametrize(("flags", "scores"), [
+    ({"init": "x", "save_every": 150}, {"reply_accuracy_before": 0.25}), ({"save_every": 25}, {"steps_to_95": 10.0}),
+    ({"init": "x", "save_every": 26, "steps": 9}, {"reply_accuracy_before": 0.25}), ({}, {})])
+def test_replies_before_the_first_step_are_those_of_a_conversion_and_steps_are_counted_on_a_fine_line(flags, scores):
+    seen = {0: 0.25, 10: 0.95, 20: 0.125}
+    assert sweep.scores_over_steps(seen, train.TrainConfig(**flags)) == scores
 
 
 def test_each_row_of_a_sweep_is_a_run_that_train_takes():
