@@ -30,18 +30,22 @@ SAMPLES = 50  # as of the plan arank
 
 @torch.no_grad()
 def losses_of(
-    model: VideoLM, batches: list[Batch], placements: Sequence[tuple[float, ...]]
+    model: VideoLM,
+    batches: list[Batch],
+    placements: Sequence[tuple[float, ...]],
+    sigma: float = 1.0,
 ) -> Tensor:
     """The streaming loss of each batch under each placement -> (batches, placements) float64
 
     model: has a router, if learned, in each layer that a placement routes
+    sigma: weight of a decision to speak, against a reply token
     """
     config, device, losses = model.config, model.norm.weight.device, []
     for batch in bar(batches, "measuring"):
         for keep in placements:
             model.config = replace(config, keep=keep)
             inputs = prepare(batch, model.config, device)
-            losses.append(float(batch_loss(model, inputs, 1.0, 0.0)[0]))
+            losses.append(float(batch_loss(model, inputs, sigma, 0.0)[0]))
     model.config = config
     return torch.tensor(losses, dtype=torch.float64).view(len(batches), len(placements))
 
@@ -55,24 +59,28 @@ def one_by_one(layers: int, keep_ratio: float) -> list[tuple[float, ...]]:
     return placements
 
 
-def layer_costs(model: VideoLM, batches: list[Batch], keep_ratio: float) -> Tensor:
+def layer_costs(
+    model: VideoLM, batches: list[Batch], keep_ratio: float, sigma: float = 1.0
+) -> Tensor:
     """(batches, L) float64, the loss that routing one layer alone adds
 
-    model: as of `losses_of`, with all layers routed
+    model: as of `losses_of`, with all layers routed;  sigma: as there
     """
-    losses = losses_of(model, batches, one_by_one(len(model.layers), keep_ratio))
+    losses = losses_of(model, batches, one_by_one(len(model.layers), keep_ratio), sigma)
     return losses[:, 1:] - losses[:, :1]
 
 
 def keep_by_cost(cfg: TrainConfig, dense: VideoLM) -> tuple[float, ...]:
     """The placement of the plan measured: the layers that cost most stay dense."""
+    unknown = [0.0] * len(dense.layers)
+    rank_placement(unknown, cfg.keep, cfg.dense_layers)  # refuses before it is all measured
     source = open_source(cfg, dense)
     ranks = rank_layers(dense, source, SAMPLES)
     config = route(replace(cfg, plan="all"), dense.config, dense)
     routed = dense.rerouted(config, cfg.seed).to(dense.norm.weight.device).eval()
     tokenizer = data.tokenizer_for(config)
     batches = [collate([s], config, tokenizer) for s in source.batch(0, 0, SAMPLES)]
-    costs = layer_costs(routed, batches, cfg.keep).mean(0).tolist()
+    costs = layer_costs(routed, batches, cfg.keep, cfg.sigma).mean(0).tolist()
     print_orders(ranks, costs, cfg.keep)
     return rank_placement(costs, cfg.keep, cfg.dense_layers)
 
