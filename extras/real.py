@@ -1,4 +1,4 @@
-"""Placements and scorers in a real pretrained decoder, into out/real.json.
+"""Placements and scorers in a real pretrained decoder, into out/real/real.json.
 
     python -m extras.smollm2 && python -m extras.dinov2   get two folders
     python -m extras.real smollm2 --vision dinov2
@@ -68,7 +68,7 @@ ROWS = """
 
 
 class Report:
-    """out/real.json: what is in it is not computed again."""
+    """out/real/real.json: what is in it is not computed again."""
 
     def __init__(self, file: Path, about: dict) -> None:
         self.file, self.lock = file, threading.Lock()
@@ -339,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
     about, folder = describe(cfg), Path("out/real")
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):  # another process would write over what this one reports
-        report = Report(Path("out/real.json"), about)
+        report = Report(folder / "real.json", about)
         runs = Runs(cfg, report)
         without_training(cfg, report, runs)
         runs.train(cfg.seeds)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import data
 import train
-from extras import pretrained_model, real, sweep
+from extras import pretrained_model, real, sweep, tables
 from model import load
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -69,14 +69,15 @@ def test_the_experiment_is_done_piece_by_piece_and_goes_on_where_it_was_cut_off(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(real.Report, "piece", cut_off)
         real.main(argv)
-    before = json.loads(Path("out/real.json").read_text())
+    before = json.loads(Path("out/real/real.json").read_text())
     assert before.keys() == {"about", "gates", "runs", "layers", "sets"} and [*before["runs"]] == ["dense-seed0"]
     assert Child.ends == [sweep.leave] and len(Child.stopped) == 1  # its run does not outlive it
     capsys.readouterr()
     real.main(argv)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("gates:", "layers:", "sets:", "runs:"))]
     assert said == ["sets: streams, keep 0.2", "sets: streams, keep 0.5", "runs: converted-seed0", "runs: amod-seed0"]
-    found = json.loads(Path("out/real.json").read_text())
+    tables.main(["out/real"])  # it writes out/real.json
+    found = json.loads(Path("out/real/real.json").read_text())
     assert all(before[section].items() <= found[section].items() for section in ("gates", "layers", "sets", "runs"))
     amod, converted = (found["runs"][f"{name}-seed0"] for name in ("amod", "converted"))
     assert {"reply_accuracy_before", "lm_correctness"} <= amod["free_running"].keys() and amod["argv"][0] == "A-MOD"
@@ -87,7 +88,7 @@ def test_the_experiment_is_done_piece_by_piece_and_goes_on_where_it_was_cut_off(
     assert load(Path("out/real/amod-seed0")).config.router_norm
     Path("decoder").unlink()
     Path("decoder").symlink_to(FIXTURES / "qwen2")
-    with pytest.raises(ValueError, match=r"weights must be those that out/real\.json began with, .*, got "):
+    with pytest.raises(ValueError, match=r"weights must be those that out/real/real\.json began with, .*, got "):
         real.main(argv)
 
 
@@ -96,8 +97,8 @@ def test_the_experiment_is_refused_beside_another_and_with_other_texts_and_with_
     Path("out/real").mkdir(parents=True)
     with train.alone(Path("out/real")), pytest.raises(ValueError, match="in which nobody else trains, got out/real"):
         real.main(["decoder"])
-    Path("out/real.json").write_text(json.dumps({"about": about | {"texts": {"prose": "", "code": ""}}}))
-    with pytest.raises(ValueError, match=r"texts must be those that out/real\.json began with"):
+    Path("out/real/real.json").write_text(json.dumps({"about": about | {"texts": {"prose": "", "code": ""}}}))
+    with pytest.raises(ValueError, match=r"texts must be those that out/real/real\.json began with"):
         real.main(["decoder"])
     with pytest.raises(ValueError, match="jobs must be "):
         real.main(["decoder", "--jobs", "0"])
