@@ -5,7 +5,7 @@
 
 1. gates: all is computed, so that only the gate acts
 2. layers: ARank, and what routing a layer alone costs, on four kinds of input
-3. sets: 4, 8 and 15 layers routed by several orders, without training
+3. sets: 4, 8 and half of the layers routed by several orders, without training
 4. runs: a dense fine-tune by LoRA, then each placement and scorer from there
 
 It may be stopped at any time, and goes on where it stopped. In the background
@@ -29,6 +29,7 @@ import data
 from data import Batch, Row, World, collate, make_batch
 from eval import bar
 from extras import pretrained
+from extras.huggingface import decoder_fields, read_fields
 from extras.measured import SAMPLES, layer_costs, losses_of, spearman
 from extras.sweep import Sweep, row_of
 from mod import GATES
@@ -49,7 +50,7 @@ from model import (
 from train import alone, provenance
 
 LENGTH = 128  # tokens of a piece of text
-SET_SIZES = (4, 8, 15)  # of sets of routed layers
+SET_SIZES = (4, 8)  # of sets of routed layers; the largest set is half of all layers
 RATIOS = (0.2, 0.5)
 ADAPT = "--task narration --batch 2 --steps 300 --save_every 150 --streams 32 --adam_lr 0.001"
 FIRST = "--plan dense --pool 3 --lora_rank 16 --lora_alpha 32 --lora_dropout 0"
@@ -63,18 +64,24 @@ ROWS = """
     interleaved-amod     --plan interleaved --router random A-MOD
     interleaved-random   --plan interleaved --router random
     interleaved-uniform  --plan interleaved --router uniform
-    arank                --plan arank --dense_layers 15
-    measured             --plan measured --dense_layers 15"""
+    arank                --plan arank --dense_layers {dense}
+    measured             --plan measured --dense_layers {dense}"""
 
 
 class Report:
-    """out/real/real.json: what is in it is not computed again."""
+    """out/real/real.json: what is in it is not computed again.
+
+    "about" tells what it began with, "commits" at which commit each piece was made.
+    """
 
     def __init__(self, file: Path, about: dict) -> None:
-        self.file, self.lock = file, threading.Lock()
+        self.file, self.commit, self.lock = file, about["commit"], threading.Lock()
         self.values = read_json(file) if file.exists() else {"about": about}
+        found = self.values.get("about")
         for name in ("weights", "texts", "settings"):
-            began, now = self.values["about"][name], about[name]
+            if not isinstance(found, dict) or name not in found:
+                raise ValueError(f"{file} must tell the {name} that it began with, got none")
+            began, now = found[name], about[name]
             if now != began:
                 raise ValueError(f"{name} must be those that {file} began with, {began}, got {now}")
 
@@ -85,6 +92,8 @@ class Report:
             if name not in found:
                 print(f"{section}: {name}", flush=True)
                 found[name] = make()
+                if section != "runs":  # each row has the commit of its run
+                    self.values.setdefault("commits", {})[f"{section}: {name}"] = self.commit
                 write_json(self.file, self.values)
             return found[name]
 
@@ -189,14 +198,14 @@ def interval(a: list[float], b: list[float], draws: int = 2000) -> tuple[float, 
 
 
 def route_sets(dense: VideoLM, batches: list[Batch], layers: dict, keep_ratio: float) -> list[dict]:
-    """Perplexity with 4, 8 and 15 layers routed by each order, nothing trained
+    """Perplexity with 4, 8 and half of the layers routed by each order, nothing trained
 
     layers: of `measure_layers`, on other batches of the same kind
     """
     L = len(dense.layers)
     routed = route_all(dense, keep_ratio, router="uniform")
     rows = []
-    for size in SET_SIZES:
+    for size in set_sizes(L):
         placements = {"dense": (1.0,) * L}
         for name, chosen in orders(layers, keep_ratio, L, size).items():
             keep = [keep_ratio if layer in chosen else 1.0 for layer in range(L)]
@@ -207,6 +216,11 @@ def route_sets(dense: VideoLM, batches: list[Batch], layers: dict, keep_ratio: f
             row[name] = perplexity(loss)
         rows.append(row)
     return rows
+
+
+def set_sizes(L: int) -> list[int]:
+    """How many of L layers each set routes"""
+    return sorted({*SET_SIZES, L // 2})
 
 
 def orders(layers: dict, keep_ratio: float, L: int, size: int) -> dict[str, list[int]]:
@@ -225,12 +239,18 @@ def orders(layers: dict, keep_ratio: float, L: int, size: int) -> dict[str, list
 # --- fine-tuning ----------------------------------------------------------------------------------
 
 
+def row_lines(L: int) -> list[str]:
+    """ROWS for a decoder of L layers: arank and measured route L // 2, as interleaved does."""
+    lines = ROWS.format(dense=L - L // 2).strip().split("\n")
+    return [line.strip() for line in lines]
+
+
 class Runs(Sweep):
     """The sweep of part 4. Each finished run is in the report at once."""
 
     def __init__(self, cfg: "RealConfig", report: Report) -> None:
         rows = [["dense", *folders(cfg), *FIRST.split(), *ADAPT.split()]]
-        for line in ROWS.strip().split("\n"):
+        for line in report.values["about"]["settings"]["rows"]:
             rows.append([*line.split(), "--init", "DENSE", *ADAPT.split()])
         super().__init__("real", rows, cfg.jobs, {}, cfg.device)
         self.report = report
@@ -292,17 +312,27 @@ def hash_of(folder: str) -> str:
     return digest.hexdigest()
 
 
+def count_layers(folder: str) -> int:
+    """Of a decoder. Raises ValueError if half of them are too few for the other sets."""
+    layers = read_fields(folder, decoder_fields)["num_hidden_layers"]
+    least = 2 * max(SET_SIZES)
+    if layers < least:
+        raise ValueError(f"llm must have at least {least} layers, got {layers}")
+    return layers
+
+
 def describe(cfg: RealConfig) -> dict:
     """What the report begins with: command, hashes of weights and texts, commit and machine"""
     weights = {"llm": hash_of(cfg.llm)}
+    layers = count_layers(cfg.llm)
     if cfg.vision:
         weights["vision"] = hash_of(cfg.vision)
     texts = {}
     for name, text in {"prose": prose(), "code": code()}.items():
         texts[name] = hashlib.sha256(text.encode()).hexdigest()
     command = " ".join(["python -m extras.real", *sys.argv[1:]])
-    settings = {"samples": SAMPLES, "length": LENGTH, "sets": list(SET_SIZES), "first": FIRST}
-    settings |= {"adapt": ADAPT, "rows": [line.strip() for line in ROWS.strip().split("\n")]}
+    settings = {"samples": SAMPLES, "length": LENGTH, "sets": set_sizes(layers)}
+    settings |= {"first": FIRST, "adapt": ADAPT, "rows": row_lines(layers)}
     about = {"command": command, "weights": weights, "texts": texts, "settings": settings}
     return about | provenance()
 

@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 import data
 import train
 from extras import pretrained_model, real, sweep, tables
+from mod import placement, rank_placement
 from model import load
 
 FIXTURES = Path(__file__).parent / "fixtures"
+ABOUT = {"weights": {}, "texts": {}, "settings": {"rows": []}, "commit": "first"}
 ROWS = """
     converted  --plan dense
     amod       --plan interleaved --router random A-MOD"""
@@ -42,7 +44,7 @@ class Child:
 def here(tmp_path, monkeypatch):
     pytest.importorskip("tokenizers", reason="reads tokenizer.json")
     monkeypatch.chdir(tmp_path)
-    small = {"SAMPLES": 2, "LENGTH": 16, "SET_SIZES": (1,), "ROWS": ROWS,
+    small = {"SAMPLES": 2, "LENGTH": 16, "SET_SIZES": (1,), "ROWS": ROWS,  # a decoder of two layers
              "ADAPT": "--task narration --batch 1 --steps 1 --streams 6 --adam_lr 0.001"}
     for name, value in small.items():
         monkeypatch.setattr(real, name, value)
@@ -70,7 +72,7 @@ def test_the_experiment_is_done_piece_by_piece_and_goes_on_where_it_was_cut_off(
         patch.setattr(real.Report, "piece", cut_off)
         real.main(argv)
     before = json.loads(Path("out/real/real.json").read_text())
-    assert before.keys() == {"about", "gates", "runs", "layers", "sets"} and [*before["runs"]] == ["dense-seed0"]
+    assert before.keys() == {"about", "commits", "gates", "runs", "layers", "sets"} and [*before["runs"]] == ["dense-seed0"]
     assert Child.ends == [sweep.leave] and len(Child.stopped) == 1  # its run does not outlive it
     capsys.readouterr()
     real.main(argv)
@@ -115,7 +117,7 @@ def test_weights_of_no_dimension_are_hashed_too(tmp_path):
 @pytest.mark.parametrize("lost", ["dense-seed0", "converted-seed0", "amod-seed0"])
 def test_a_run_that_finished_when_nobody_was_there_to_report_it_is_reported(here, monkeypatch, lost):
     monkeypatch.setattr(real, "row_of", lambda run: run.name)
-    report = real.Report(Path("real.json"), {"weights": {}, "texts": {}, "settings": {}})
+    report = real.Report(Path("real.json"), ABOUT | {"settings": {"rows": real.row_lines(2)}})
     runs = real.Runs(real.RealConfig(llm="decoder", device="cpu"), report)
     names = ["dense-seed0", "converted-seed0", "amod-seed0"]
     for name in names:
@@ -156,3 +158,60 @@ def test_the_interval_of_a_correlation_holds_it_and_narrows_with_agreement():
     noisy = [v + n for v, n in zip(values, torch.randn(30, generator=torch.Generator().manual_seed(1)).tolist(), strict=True)]
     low, high = real.interval(values, noisy)
     assert low < real.spearman(values, noisy) < high and 0.2 < high - low < 1
+
+
+# --- what the report holds ------------------------------------------------------------------------
+
+
+def test_a_report_tells_the_commit_that_made_each_piece_and_a_row_its_own(tmp_path):
+    file = tmp_path / "real.json"
+    real.Report(file, ABOUT).piece("gates", "unit", dict)
+    later = real.Report(file, ABOUT | {"commit": "second"})
+    for section, name in (("gates", "unit"), ("sets", "prose, keep 0.2"), ("runs", "dense-seed0")):
+        later.piece(section, name, dict)
+    found = json.loads(file.read_text())
+    assert found["commits"] == {"gates: unit": "first", "sets: prose, keep 0.2": "second"} and found["about"] == ABOUT
+
+
+@pytest.mark.parametrize("name", ["weights", "texts", "settings"])
+def test_a_report_goes_on_only_with_the_weights_texts_and_settings_that_it_tells(tmp_path, name):
+    file, others = tmp_path / "real.json", {key: value for key, value in ABOUT.items() if key != name}
+    for found, said in (({"about": ABOUT | {name: {"x": 1}}}, rf"^{name} must be those that .* began with, .*1.*, got "),
+                        ({"about": others}, f"real.json must tell the {name} that it began with, got none"),
+                        ({}, "real.json must tell the weights that it began with, got none"),
+                        ({"about": None}, "real.json must tell the weights that it began with, got none")):
+        file.write_text(json.dumps(found))
+        with pytest.raises(ValueError, match=said):
+            real.Report(file, ABOUT)
+
+
+def decoder_folder(folder: Path, layers: int) -> str:
+    """What of a folder of a decoder is read before any measuring"""
+    weights = next((FIXTURES / "smollm2").glob("*.safetensors"))
+    (folder / weights.name).symlink_to(weights)
+    config = json.loads((FIXTURES / "smollm2" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    return str(folder)
+
+
+def test_a_decoder_of_30_layers_has_the_settings_of_the_stored_report(tmp_path):
+    stored = json.loads((Path(__file__).parents[2] / "results" / "real.json").read_text())["about"]["settings"]
+    assert real.describe(real.RealConfig(llm=decoder_folder(tmp_path, 30)))["settings"] == stored
+
+
+def test_arank_measured_and_the_largest_set_route_as_many_layers_of_any_decoder_as_interleaved_does():
+    for L in range(16, 41):
+        routed = sum(r < 1 for r in placement("interleaved", L, 0.2))
+        assert real.set_sizes(L) == sorted({4, 8, routed})
+        rows = [line.split() for line in real.row_lines(L)]
+        assert [row[0] for row in rows[-2:]] == ["arank", "measured"]
+        for row in rows[-2:]:
+            dense_layers = int(row[row.index("--dense_layers") + 1])
+            assert sum(r < 1 for r in rank_placement([0.0] * L, 0.2, dense_layers)) == routed
+
+
+def test_a_decoder_of_too_few_layers_for_the_sets_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^llm must have at least 16 layers, got 15$"):
+        real.main([decoder_folder(tmp_path, 15)])
+    assert not Path("out").exists()
