@@ -1,22 +1,29 @@
 """The experiment on a real decoder: what is measured is what is said, and what is done is not done again."""
 
 import json
+import math
+import random
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from strategies import tiny
 
 import data
 import train
-from extras import pretrained_model, real, sweep, tables
-from mod import placement, rank_placement
-from model import load
+from extras import pretrained, pretrained_model, real, sweep, tables
+from extras.measured import one_by_one
+from mod import GATES, placement, rank_placement
+from model import VideoLM, layer_ranks, load, prepare
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES, CPU, TOKENIZER = Path(__file__).parent / "fixtures", torch.device("cpu"), data.Tokenizer()
 ABOUT = {"weights": {}, "texts": {}, "settings": {"rows": []}, "commit": "first"}
 ROWS = """
     converted  --plan dense
@@ -158,6 +165,11 @@ def test_the_interval_of_a_correlation_holds_it_and_narrows_with_agreement():
     noisy = [v + n for v, n in zip(values, torch.randn(30, generator=torch.Generator().manual_seed(1)).tolist(), strict=True)]
     low, high = real.interval(values, noisy)
     assert low < real.spearman(values, noisy) < high and 0.2 < high - low < 1
+    draws, inside = random.Random(0), []
+    for _ in range(1000):
+        a, b = zip(*draws.choices([*zip(values, noisy, strict=True)], k=30), strict=True)
+        inside.append(low <= real.spearman(a, b) <= high)
+    assert fmean(inside) == pytest.approx(0.95, abs=0.02)
 
 
 # --- what the report holds ------------------------------------------------------------------------
@@ -215,3 +227,120 @@ def test_a_decoder_of_too_few_layers_for_the_sets_is_refused_before_anything_is_
     with pytest.raises(ValueError, match=r"^llm must have at least 16 layers, got 15$"):
         real.main([decoder_folder(tmp_path, 15)])
     assert not Path("out").exists()
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few(monkeypatch):
+    for name, value in {"SAMPLES": 2, "LENGTH": 16, "SET_SIZES": (1, 2)}.items():
+        monkeypatch.setattr(real, name, value)
+
+
+def decoder(layers: int) -> VideoLM:
+    """A dense model, whose layers add enough to be seen in the loss"""
+    dense = tiny((1.0,) * layers, 0, "cpu", vocab_size=len(TOKENIZER))
+    for name, p in dense.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            p.mul_(3)
+    return dense.float().eval()
+
+
+@torch.no_grad()
+def loss_of(dense: VideoLM, batches: list[data.Batch], seed: int = 0, **how) -> float:
+    """Mean loss with another config"""
+    model = dense.rerouted(replace(dense.config, **how), seed)
+    return fmean(float(train.batch_loss(model, prepare(batch, model.config, CPU), 1.0, 0.0)[0]) for batch in batches)
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("gate", GATES)
+def test_a_gate_alone_weighs_what_is_all_computed_mean_over_three_fresh_routers(few, gate, normed):
+    dense, batches = decoder(3), real.text_batches(TOKENIZER, __doc__, every=True)
+    assert set(batches[0].group.unique(return_counts=True)[1].tolist()) == {1, 15}
+    how = {"keep": (0.999,) * 3, "gate": gate, "router_norm": normed}  # capacity(15, 0.999) is 15
+    before, after = loss_of(dense, batches), fmean(loss_of(dense, batches, seed, **how) for seed in range(3))
+    found = real.gate_alone(dense, batches, gate, normed)
+    assert found == {"gate": gate, "the router scores": "x / rms(x)" if normed else "x",
+                     "dense": pytest.approx(math.exp(before), abs=6e-4),
+                     "gate alone": pytest.approx(math.exp(after), abs=6e-4),
+                     "of dense": pytest.approx(math.exp(after - before), abs=6e-5)}
+
+
+def test_layers_are_ranked_and_routed_alone_by_even_spacing(few, monkeypatch):
+    monkeypatch.setattr(real, "interval", lambda ranks, costs: (ranks, costs))
+    dense, batches = decoder(3), real.text_batches(TOKENIZER, __doc__, every=False)
+    found = real.measure_layers(dense, batches)
+    ranks = torch.cat([layer_ranks(dense, prepare(batch, dense.config, CPU)) for batch in batches]).mean(0).tolist()
+    assert found["arank"] == pytest.approx(ranks) and found["cost"].keys() == found["correlation"].keys() == {"0.2", "0.5"}
+    for r in (0.2, 0.5):
+        before, *losses = [loss_of(dense, batches, keep=keep, router="uniform") for keep in one_by_one(3, r)]
+        costs = found["cost"][str(r)]
+        assert costs == pytest.approx([loss - before for loss in losses], abs=1e-5)
+        assert found["correlation"][str(r)] == [real.spearman(ranks, costs), found["arank"], costs]
+
+
+def test_sets_of_layers_are_routed_by_even_spacing_in_several_orders(few):
+    dense, batches = decoder(6), real.text_batches(TOKENIZER, __doc__, every=False)
+    layers = {"arank": [5, 1, 4, 2, 3, 0], "cost": {"0.2": [0.0] * 6, "0.5": [0.1, 0.6, 0.2, 0.3, 0.0, 0.9]}}
+    rows = real.route_sets(dense, batches, layers, 0.5)
+    assert [(row["layers"], row["keep"]) for row in rows] == [(1, 0.5), (2, 0.5), (3, 0.5)]
+    for row in rows:
+        for name, routed in {"dense": [], **real.orders(layers, 0.5, 6, row["layers"])}.items():
+            keep = tuple(0.5 if layer in routed else 1.0 for layer in range(6))
+            loss = loss_of(dense, batches, keep=keep, router="uniform")
+            assert row[name] == pytest.approx(math.exp(loss), abs=2e-3), name
+
+
+def test_half_of_the_streams_are_of_training_and_the_others_held_out(few):
+    model, world = decoder(1), data.World(8)
+    samples = world.batch(0, 0, 2) + world.held_out(2)
+    for batch, sample in zip(real.stream_batches(model, TOKENIZER), samples, strict=True):
+        expected = data.collate([sample], model.config, TOKENIZER)
+        assert torch.equal(batch.frames, expected.frames) and torch.equal(batch.tokens, expected.tokens)
+
+
+# --- which model and which inputs -----------------------------------------------------------------
+
+
+def test_both_folders_reach_the_models():
+    cfg = real.RealConfig(llm="decoder", vision="encoder")
+    assert real.folders(cfg) == ["--llm=decoder", "--vision=encoder"]
+    assert real.folders(replace(cfg, vision="")) == ["--llm=decoder"]
+    report = real.Report(Path("none.json"), ABOUT | {"settings": {"rows": real.row_lines(30)}})
+    first, *_, last = real.Runs(cfg, report).rows
+    assert first[:3] == ["dense", "--llm=decoder", "--vision=encoder"]
+    assert last[:7] == ["measured", "--plan", "measured", "--dense_layers", "15", "--init", "DENSE"]
+
+
+def test_each_piece_gets_its_model_and_its_inputs_and_sets_others_than_the_layers_they_order(few, monkeypatch):
+    dense, tuned, made, asked = decoder(1).train(), decoder(1), {}, []
+
+    def prepare_run(flags, given):
+        asked.append((flags.llm, flags.vision, flags.plan))
+        return None, dense
+
+    def piece(section, name, make):
+        made[section, name] = (make.func, *make.args)
+        return f"layers of {name}"
+
+    monkeypatch.setattr(pretrained, "prepare_run", prepare_run)
+    monkeypatch.setattr(real, "prose", lambda: "prose")
+    monkeypatch.setattr(real, "code", lambda: "code")
+    monkeypatch.setattr(real, "text_batches", lambda _, text, every: [f"{text} {every} {n}" for n in range(4)])
+    monkeypatch.setattr(real, "stream_batches", lambda *_: [f"stream {n}" for n in range(4)])
+    cfg = real.RealConfig(llm="decoder", vision="encoder", device="cpu")
+    real.without_training(cfg, SimpleNamespace(piece=piece), SimpleNamespace(train_dense=lambda: tuned))
+    expected = {}
+    for gate in GATES:
+        for normed, scored in ((True, "x / rms(x)"), (False, "x")):
+            expected["gates", f"{gate}, {scored}"] = (real.gate_alone, dense, ["prose True 0", "prose True 1"], gate, normed)
+    for kind, model, text in (("prose", dense, "prose False"), ("code", dense, "code False"),
+                              ("streams, projector untrained", dense, "stream"), ("streams", tuned, "stream")):
+        expected["layers", kind] = (real.measure_layers, model, [f"{text} 0", f"{text} 1"])
+        for r in (0.2, 0.5) if kind in ("prose", "streams") else ():
+            unseen = [f"{text} 2", f"{text} 3"]
+            expected["sets", f"{kind}, keep {r}"] = (real.route_sets, model, unseen, f"layers of {kind}", r)
+    assert made == expected and not dense.training
+    assert asked == [("decoder", "encoder", "dense")]
