@@ -94,14 +94,7 @@ class TrainConfig:
     compile: bool = flag(False, "compile the model for training")
     resume: bool = flag(False, "go on with the run in --out")
 
-    may_be_zero = (
-        "seed",
-        "dense_layers",
-        "keep",
-        "routing_loss",
-        "sigma",
-        "streams",
-    )
+    may_be_zero = ("seed", "dense_layers", "keep", "routing_loss", "sigma", "streams")
 
     def __post_init__(self) -> None:
         check_keep_ratio(self.keep)
