@@ -79,11 +79,14 @@ SWEEPS = {
         dense                   --plan dense
         dense-converted         --init DENSE --plan dense
         arank-4                 --init DENSE --plan arank --dense_layers 4
+        measured-4              --init DENSE --plan measured --dense_layers 4
         interleaved-4           --init DENSE --plan interleaved
         worst-4                 --init DENSE --plan arank --dense_layers 4 WORST
         arank-5                 --init DENSE --plan arank --dense_layers 3
+        measured-5              --init DENSE --plan measured --dense_layers 3
         two-of-three-5          --init DENSE --plan two-of-three
         worst-5                 --init DENSE --plan arank --dense_layers 3 WORST
+        measured-7              --init DENSE --plan measured
         worst-7                 --init DENSE --plan arank WORST""",
 }
 # ... and on ARank's placement each rule, one router for all layers or one a layer, and each mask

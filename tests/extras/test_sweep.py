@@ -165,7 +165,7 @@ def test_each_row_of_a_sweep_is_a_run_that_train_takes():
         for _, *words in rows:
             flags = [word for word in words if word not in VARIANTS]
             cfg, _ = parse(train.TrainConfig, ["--task", name, *flags], "")
-            assert cfg.plan in {"arank", *PLACEMENTS}
+            assert cfg.plan in {*train.MEASURED, *PLACEMENTS}
 
 
 @pytest.mark.parametrize(("word", "name"), [("WORST", "rank_placement"), ("A-MOD", "VideoLM"), ("RANDOM-SELECTION", "VideoLM")])
