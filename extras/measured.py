@@ -8,7 +8,7 @@ loss that this adds is the layer's cost: L + 1 forward passes a sample.
 As many layers stay dense as with arank, those that cost most. Both orders are
 printed, and their correlation.
 
-All flags of train.py are there too.
+All flags of train.py but --plan are there too.
 """
 
 from collections.abc import Sequence

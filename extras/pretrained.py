@@ -121,7 +121,7 @@ def saved_model(cfg: PretrainedFlags, given: set[str], folder: Path) -> VideoLM:
 def first_model(
     cfg: PretrainedFlags, settings: TrainConfig, sizes: PretrainedConfig
 ) -> PretrainedLM:
-    """The model before its first step; the plan arank looks at the dense one first."""
+    """The model before its first step; a plan of train.MEASURED looks at the dense one first."""
     dense = None
     if cfg.plan in train.MEASURED:
         print(f"{cfg.plan} sees frames through an untrained projector, not so after a dense run")
