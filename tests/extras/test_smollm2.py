@@ -36,7 +36,7 @@ def test_the_package_becomes_a_folder_whose_model_and_tokenizer_know_english(tmp
     assert tokenizer.decode([1, *said, 2]) == text and 1 not in said and tokenizer.opening == []
     assert said[-5:] == [tokenizer.encode(part)[0] for part in ("  ", *"1998")]
     config = json.loads((folder / "config.json").read_text())
-    assert (config["rms_norm_eps"], config["max_position_embeddings"]) == (1e-5, 2048)
+    assert (config["rms_norm_eps"], config["max_position_embeddings"]) == (1e-5, 8192)
     assert tokenizer.text.id_to_token(config["eos_token_id"]) == "<|im_end|>"
     with pytest.raises(ValueError, match=r"folder must be new, got .*smollm2, which has weights"):
         smollm2.main([str(folder)])
